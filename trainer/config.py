@@ -1,0 +1,310 @@
+"""Every setting of a run, typed and validated: a recipe (YAML) plus overrides become one frozen `Run`.
+
+A recipe may `inherit` another and lists only what differs. Unknown keys are errors that offer the nearest valid name.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import types
+import typing
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from trainer.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def setting(default: Any, about: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its sentence and its closed range [low, high], which applies to every number in it."""
+    metadata = {"about": about, "low": low, "high": high}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What one draw of the view distribution contains (CARE, app. of settings; SimCLR's family)."""
+
+    crop_scale: tuple[float, float] = setting((0.2, 1.0), "area of the random crop, fraction of the image", low=0.0, high=1.0)
+    crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "aspect ratio of the random crop, width / height", low=0.1, high=10)
+    flip: float = setting(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
+    jitter: float = setting(0.8, "probability of the colour jitter", low=0.0, high=1.0)
+    brightness: float = setting(0.4, "brightness factor drawn from 1 +- this", low=0.0, high=1.0)
+    contrast: float = setting(0.4, "contrast factor drawn from 1 +- this", low=0.0, high=1.0)
+    saturation: float = setting(0.4, "saturation factor drawn from 1 +- this", low=0.0, high=1.0)
+    hue: float = setting(0.1, "hue shift drawn from +- this, in turns of the colour circle", low=0.0, high=0.5)
+    grayscale: float = setting(0.2, "probability of dropping the colour", low=0.0, high=1.0)
+    blur: float = setting(0.5, "probability of a Gaussian blur", low=0.0, high=1.0)
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "standard deviation of the blur, pixels", low=0.0, high=100)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the shards are and how they become batches."""
+
+    shards: str = setting("shards/synthetic", "folder that make_shards.py wrote, with train/ and val/ inside")
+    size: int = setting(32, "height and width of a view, pixels", low=8, high=1024)
+    batch_size: int = setting(256, "images per step over all ranks", low=2)
+    shuffle_buffer: int = setting(4096, "images a rank's shuffle buffer holds", low=1)
+    threads: int = setting(2, "DALI's worker threads per rank", low=1, high=256)
+    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "channel means, of 1", low=0.0, high=1.0)
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "channel standard deviations, of 1", low=1e-3, high=1.0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The backbone: any timm model without its classifier."""
+
+    backbone: str = setting("resnet18", "timm model name")
+    stem: Literal["auto", "small", "standard"] = setting(
+        "auto", "small: 3x3 stride-1 convolution without max-pool, for ResNets; auto: small below 64 px"
+    )
+    drop_path: float = setting(0.0, "stochastic depth rate", low=0.0, high=1.0)
+    args: dict[str, Any] = setting(dict, "further arguments of timm.create_model")
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """A timm optimiser."""
+
+    name: Literal["adam", "adamw", "sgd", "lars"] = setting("adamw", "timm optimiser name")
+    lr: float = setting(1e-3, "peak learning rate for the batch size of the recipe", low=0.0)
+    weight_decay: float = setting(1e-6, "weight decay; biases and norms are exempt", low=0.0)
+    momentum: float = setting(0.9, "momentum of sgd and lars", low=0.0, high=1.0)
+    clip_norm: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone", low=0.0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, and the learning rate on the way."""
+
+    epochs: float = setting(10, "passes over the training images", low=0.0)
+    warmup_epochs: float = setting(0, "linear warm-up, epochs", low=0.0)
+    name: Literal["cosine", "constant"] = setting("cosine", "shape after the warm-up")
+    min_lr: float = setting(0.0, "learning rate at the end of the cosine", low=0.0)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the step is computed and spread over ranks."""
+
+    kind: Literal["ddp", "deepspeed"] = setting("deepspeed", "what synchronises the gradients")
+    zero_stage: int = setting(0, "DeepSpeed ZeRO stage", low=0, high=2)
+    precision: Literal["fp32", "bf16"] = setting("bf16", "autocast type of the encoder; losses are fp32 always")
+    channels_last: bool = setting(True, "memory format of convolutions")
+    compile: bool = setting(False, "torch.compile the encoder")
+    sync_batchnorm: bool = setting(False, "batch statistics over all ranks, for every objective alike")
+    timeout_minutes: float = setting(10.0, "longest wait for another rank before the run fails", low=0.1, high=1440)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save and what to keep. The first and the last step of a run are always save points."""
+
+    every_steps: int = setting(0, "steps between checkpoints; 0: one an epoch", low=0)
+    keep: int = setting(3, "newest checkpoints kept, besides the best by the validation split", low=1)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What is recorded where. metrics.jsonl in the run's folder is always written and is the truth."""
+
+    uri: str = setting("sqlite:///runs/mlflow.db", "MLflow tracking URI; empty turns MLflow off")
+    experiment: str = setting("care", "MLflow experiment")
+    log_every: int = setting(10, "steps between records", low=1)
+    knn_every_epochs: int = setting(0, "epochs between kNN measures on the validation split; 0: at the end only", low=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run. Two runs with equal settings on equal worlds give equal weights on the CPU."""
+
+    recipe: str = setting("", "name of the recipe, or path of a YAML file")
+    out: str = setting("", "folder of the run; empty: runs/RECIPE")
+    seed: int = setting(0, "seed of everything random", low=0, high=2**31 - 1)
+    data: Data = setting(Data, "shards and batches")
+    augmentation: Augmentation = setting(Augmentation, "the view distribution")
+    model: Model = setting(Model, "the backbone")
+    objective: Any = setting(None, "a registered objective: its `name` chooses the settings beside it")
+    optimiser: Optimiser = setting(Optimiser, "the optimiser")
+    schedule: Schedule = setting(Schedule, "length and learning rate")
+    engine: Engine = setting(Engine, "precision and parallelism")
+    checkpoint: Checkpoint = setting(Checkpoint, "saving")
+    tracking: Tracking = setting(Tracking, "recording")
+
+    # Settings that may change between a run and its continuation: they leave losses and weights as they are.
+    free: ClassVar[tuple[str, ...]] = ("out", "recipe", "data.shards", "data.threads", "engine.timeout_minutes", "checkpoint", "tracking")
+
+
+def load_run(recipe: str, overrides: dict[str, Any] | None = None) -> Run:
+    """Resolve a recipe and dotted overrides.
+
+    Args:
+        recipe: name of a YAML file in trainer/recipes, or a path.
+        overrides: {"section.key": value}, as the command line gives them.
+
+    Returns: the validated Run.
+
+    Raises:
+        UserError: unknown recipe or key (nearest valid name offered), wrong type, value out of range.
+    """
+    tree = _read_recipe(recipe)
+    for dotted, value in (overrides or {}).items():
+        for key in reversed(dotted.split(".")):
+            value = {key: value}
+        tree = _merge(tree, value)
+    tree["recipe"] = recipe
+    tree["out"] = tree.get("out") or f"runs/{Path(recipe).stem}"
+    return from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> Run:
+    """Build a Run from nested dictionaries, as `to_tree` returns them."""
+    run: Run = _build(Run, tree, "")
+    if run.objective is None:
+        raise UserError("objective.name is missing", "the name of a registered objective", "Add `objective: {name: care}`.")
+    return run
+
+
+def to_tree(run: Run) -> dict[str, Any]:
+    """Nested dictionaries of plain values, which `from_tree`, JSON and YAML round-trip."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))
+    return tree
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def choose(kind: type, name: str, path: str) -> type:
+    """The settings dataclass registered under `name`; used for fields whose `name` key picks the type."""
+    registry = importlib.import_module("trainer.objectives.objective").registry()
+    if name not in registry:
+        near = _nearest(name, registry)
+        raise UserError(f"{path}.name is {name!r}", f"one of {', '.join(sorted(registry))}", near)
+    settings: type = registry[name].Settings
+    return settings
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise UserError(f"no recipe {recipe!r}", f"a YAML file or one of {', '.join(recipes())}", _nearest(recipe, recipes()))
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})", "a mapping of settings", "Correct it.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}", "a mapping of settings", "Correct it.")
+    parent = tree.pop("inherit", None)
+    return _merge(_read_recipe(parent), tree) if parent else tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Over wins; a section whose `name` changes is a different thing and starts afresh."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if not (isinstance(old, dict) and isinstance(value, dict)):
+            merged[key] = value
+        elif "name" in value and "name" in old and key in ("objective", "base") and value["name"] != old["name"]:
+            merged[key] = value
+        else:
+            merged[key] = _merge(old, value)
+    return merged
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is {tree!r}", "a section with keys of its own", f"Set {path}.KEY instead.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in fields:
+            where = f"{path}.{key}".lstrip(".")
+            raise UserError(f"unknown setting {where!r}", f"a key of {path or 'the run'}: {', '.join(fields)}", _nearest(key, fields))
+    values = {key: _convert(hints[key], value, f"{path}.{key}".lstrip("."), fields[key].metadata) for key, value in tree.items()}
+    missing = [n for n, f in fields.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise UserError(f"{path}.{missing[0]} is missing", "a value", f"Set {path}.{missing[0]}.")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
+    if hint is Any:
+        if value is None:
+            return None
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str):
+            raise UserError(f"{path}.name is {name!r}", "the name of a registered objective", f"Set {path}.name.")
+        return _build(choose(hint, name, path), value, path)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(next(a for a in args if a is not types.NoneType), value, path, metadata)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{path} is {value!r}", f"one of {', '.join(map(str, args))}", _nearest(str(value), map(str, args)))
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{path} is {value!r}", "a mapping", f"Write {path}: {{key: value}}.")
+        return dict(value)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise UserError(f"{path} is {value!r}", f"{len(args)} numbers", f"Write {path}: [{', '.join(['0.5'] * len(args))}].")
+        return tuple(_convert(a, v, path, metadata) for a, v in zip(args, value, strict=True))
+    return _in_range(_scalar(hint, value, path), path, metadata)
+
+
+def _scalar(hint: type, value: Any, path: str) -> Any:
+    """YAML reads 1e-3 as text and 10 as a whole number: both are good floats. Nothing else is bent."""
+    wrong = UserError(f"{path} is {value!r}", f"a value of type {hint.__name__}", "Correct it.")
+    if hint is str:
+        return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else _raise(wrong)
+    if hint is bool:
+        return value if isinstance(value, bool) else _raise(wrong)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        number = float(value)
+    except ValueError:
+        raise wrong from None
+    if number != number or number in (float("inf"), float("-inf")) or (hint is int and number != int(number)):
+        raise wrong
+    return hint(number)
+
+
+def _in_range(value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
+    low, high = metadata.get("low"), metadata.get("high")
+    if isinstance(value, int | float) and ((low is not None and value < low) or (high is not None and value > high)):
+        bounds = f"between {low} and {high}" if high is not None else f"at least {low}"
+        raise UserError(f"{path} is {value}", f"a value {bounds}", f"Correct {path}.")
+    return value
+
+
+def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else "See README, Settings."
+
+
+def _raise(error: Exception) -> Any:
+    raise error

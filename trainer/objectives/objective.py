@@ -1,0 +1,91 @@
+"""What an objective is: it says which views it wants to see, and makes a loss of them. And the registry of objectives."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from trainer.config import Augmentation
+from trainer.data.views import Batch, ViewSpec
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one forward pass gives.
+
+    Args:
+        total: scalar float32, to be minimised.
+        terms: detached scalars to record.
+        embeddings: unit-norm [V, B, d] of the views the loss saw, with gradient.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    embeddings: Tensor
+
+
+class Objective(nn.Module):
+    """Base class. A new objective is one file with one `@register` line.
+
+    Args:
+        backbone: images [N, 3, H, W] -> features [N, backbone.num_features].
+        settings: an instance of the class's own `Settings`.
+        augmentation: the run's view distribution.
+        size: height and width of a view, pixels.
+    """
+
+    Settings: ClassVar[type]
+
+    def __init__(self, backbone: nn.Module, settings: Any, augmentation: Augmentation, size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.settings = settings
+        self.augmentation = augmentation
+        self.size = size
+
+    def views(self) -> list[ViewSpec]:
+        """The views of every image that `forward` will read from the batch."""
+        raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to the embedding that the objective shapes, unit-norm float32 [N, d]."""
+        raise NotImplementedError
+
+    def loss(self, views: Tensor) -> Loss:
+        """The loss of two views of every image, [2, B, 3, H, W]; a wrapper such as CARE brings its own views."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of a batch that holds the views asked for."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Update what follows the weights (teachers, centres); progress in [0, 1]."""
+
+    def represent(self, images: Tensor) -> dict[str, Tensor]:
+        """Named parts of the representation for probes: "full" [N, D]."""
+        return {"full": self.backbone(images)}
+
+
+_REGISTRY: dict[str, type[Objective]] = {}
+
+
+def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
+    """Class decorator: make an objective available as `objective.name` in settings."""
+
+    def add(cls: type[Objective]) -> type[Objective]:
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def registry() -> dict[str, type[Objective]]:
+    """Every objective in this folder, by name."""
+    package = importlib.import_module("trainer.objectives")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"trainer.objectives.{module.name}")
+    return _REGISTRY
