@@ -23,7 +23,7 @@ RECIPES = Path(__file__).parent / "recipes"
 def setting(default: Any, about: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field with its sentence and its closed range [low, high], which applies to every number in it."""
     metadata = {"about": about, "low": low, "high": high}
-    if callable(default):
+    if callable(default):  # a section or a container: each settings object gets its own
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 

@@ -23,16 +23,14 @@ class UserError(Exception):
         self.code = code
 
 
-def exits_cleanly(main: Callable[..., None]) -> Callable[[], None]:
-    """Make a fire entry point that ends a UserError with one line on stderr and its exit code."""
+def exit_with_one_line(main: Callable[..., None]) -> None:
+    """Run a fire command line; a UserError becomes one line on stderr and the exit code it carries."""
+    import fire
 
-    def run() -> None:
-        import fire
-
-        try:
-            fire.Fire(main)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.code)
-
-    return run
+    try:
+        fire.Fire(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,79 @@
+"""What the loop asks of an engine, and the making of one from settings."""
+
+from typing import Any, Protocol
+
+import timm.optim
+import torch
+from torch import Tensor
+
+from trainer.config import Engine as EngineSettings
+from trainer.config import Optimiser, Run
+from trainer.data.views import Batch
+from trainer.engine.batchnorm import synchronise_batchnorm
+from trainer.engine.world import World
+from trainer.errors import UserError
+from trainer.objectives.objective import Loss, Objective
+
+
+class Engine(Protocol):
+    """Computes gradients over all ranks and takes the optimiser's step.
+
+    Attributes:
+        sharded: whether every rank holds a part of the optimiser's state of its own (ZeRO 1 and 2).
+    """
+
+    sharded: bool
+
+    def forward(self, batch: Batch) -> Loss: ...
+    def backward(self, total: Tensor) -> None: ...
+    def step(self) -> None: ...
+    def optimiser_state(self) -> dict[str, Any]: ...
+    def load_optimiser_state(self, state: dict[str, Any]) -> None: ...
+
+
+def build_engine(run: Run, objective: Objective, optimiser: torch.optim.Optimizer, world: World) -> Engine:
+    """Wrap an objective that `place` has put on its device."""
+    if run.engine.kind == "deepspeed":
+        from trainer.engine.zero import DeepSpeedEngine  # importing deepspeed costs seconds
+
+        return DeepSpeedEngine(run, objective, optimiser, world)
+    from trainer.engine.ddp import DDPEngine
+
+    return DDPEngine(run, objective, optimiser, world)
+
+
+def place(objective: Objective, settings: EngineSettings, world: World) -> Objective:
+    """Move an objective to this rank's device, in its memory format and precision, and compile it if asked."""
+    if settings.sync_batchnorm:
+        objective = synchronise_batchnorm(objective, world.device)  # type: ignore[assignment]
+    objective.to(world.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
+    if settings.precision == "bf16":
+        _autocast_encoder(objective, world.device)
+    if settings.compile:
+        objective.encoder.compile()
+    return objective
+
+
+def build_optimiser(objective: Objective, settings: Optimiser, engine: EngineSettings) -> torch.optim.Optimizer:
+    """The timm optimiser of the settings; biases and norms carry no weight decay."""
+    if settings.name == "lars" and engine.zero_stage > 0:
+        raise UserError(
+            f"optimiser.name is 'lars' with engine.zero_stage {engine.zero_stage}",
+            "whole tensors, whose norms LARS needs and ZeRO's flat partitions do not have",
+            "Use --engine.zero_stage 0.",
+        )
+    momentum = {"momentum": settings.momentum} if settings.name in ("sgd", "lars") else {}
+    name = {"sgd": "momentum"}.get(settings.name, settings.name)  # timm's "sgd" is Nesterov's
+    return timm.optim.create_optimizer_v2(objective, name, lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
+
+
+def _autocast_encoder(objective: Objective, device: torch.device) -> None:
+    """Only the encoder computes in bfloat16: heads and losses are small, and inner products need the bits."""
+    encoder = objective.encoder
+    forward = encoder.forward
+
+    def cast(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return forward(images).float()
+
+    encoder.forward = cast

@@ -1,0 +1,147 @@
+"""Who takes part in a run: ranks, nodes and devices, and the collectives that objectives need."""
+
+import datetime
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's place in the run.
+
+    Args:
+        rank: of all ranks, from 0.
+        size: number of ranks.
+        local_rank: of the ranks on this node, from 0.
+        nodes: number of machines.
+        device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    nodes: int
+    device: torch.device
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank raises its flag; every rank must ask."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks of a tensor on this rank's device; one that is not finite anywhere is so everywhere."""
+        if self.size == 1:
+            return values
+        dist.all_reduce(values)
+        return values / self.size
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            self.any(False)
+
+
+def look_around() -> World:
+    """The world that the launcher (deepspeed, torchrun, or none) describes in the environment."""
+    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in _RANK_KEYS)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+    nodes = int(os.environ.get("CROSS_SIZE") or os.environ.get("GROUP_WORLD_SIZE") or max(1, size // local_size))
+    cuda = torch.cuda.is_available()
+    return World(rank, size, local_rank, nodes, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+def join(world: World, *, expected_nodes: int | None, timeout_minutes: float) -> None:
+    """Check the promised number of nodes and connect the ranks.
+
+    Args:
+        expected_nodes: the `--nodes` flag; None promises nothing.
+        timeout_minutes: longest wait for another rank, here and in every later collective.
+
+    Raises:
+        UserError: a world of another size than promised, fewer GPUs than ranks, or ranks that did not arrive.
+    """
+    if expected_nodes is not None and expected_nodes != world.nodes:
+        raise UserError(
+            f"--nodes {expected_nodes} was promised, but the launcher started {world.nodes} node(s), {world.size} rank(s), "
+            f"on {socket.gethostname()}",
+            f"{expected_nodes} node(s)",
+            "Give the hosts: deepspeed --hostfile HOSTS launch/train.py --nodes N; or torchrun --nnodes N; or launch/slurm.sh.",
+        )
+    if world.device.type == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {world.local_rank} finds {torch.cuda.device_count()} GPU(s)", "one GPU per rank", "Start fewer ranks."
+            )
+        torch.cuda.set_device(world.device)
+    if dist.is_initialized():
+        return
+    wait = datetime.timedelta(minutes=timeout_minutes)
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    store = dist.HashStore() if world.size == 1 else None  # alone: no port is opened
+    try:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=wait, store=store)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {world.rank} of {world.size} met nobody at {address} ({str(error).splitlines()[0]})",
+            f"all ranks within {timeout_minutes:g} minutes",
+            "Check that MASTER_ADDR is reachable from every node and set GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to its network.",
+        ) from error
+
+
+def leave() -> None:
+    """Disconnect; after an error without waiting for the others."""
+    if dist.is_initialized() and sys.exc_info()[0] is None:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of ranks; 1 outside a distributed run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rows(rows: int) -> slice:
+    """The rows of the joint batch that this rank holds, where every rank holds `rows`."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return slice(rank * rows, (rank + 1) * rows)
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Stack the rows of all ranks, [B, ...] -> [world * B, ...], with gradients to every rank's own rows."""
+    return x if world_size() == 1 else _GatherRows.apply(x)
+
+
+class _GatherRows(torch.autograd.Function):
+    """A row is used by the losses of all ranks, so its gradient is the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(everyone, x.contiguous())
+        ctx.rows = local_rows(len(x))
+        return everyone
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.rows]
+
+
+_RANK_KEYS = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

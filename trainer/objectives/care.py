@@ -1,0 +1,73 @@
+"""CARE: any base objective, and rotations that relate the embeddings of jointly augmented images."""
+
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from trainer.config import Augmentation, setting
+from trainer.data.views import Batch, ViewSpec
+from trainer.engine.world import world_size
+from trainer.objectives.objective import Loss, Objective, register, registry
+from trainer.ops.gram import gram_equivariance
+
+
+@register("care")
+class Care(Objective):
+    """A base objective plus rotational equivariance of the embedding (CARE, sec. 3).
+
+    Every group of images shares one pair of augmentations (a, a'), a pair of its own (the released code gives all
+    groups of a step the same pair).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        """CARE's settings."""
+
+        name: str = setting("care", "this objective")
+        base: Any = setting(MISSING, "the base objective: its `name` and settings")
+        weight: float = setting(1.0, "weight of the equivariance term, on the mean over pairs", low=0.0)
+        groups: int = setting(16, "groups in the global batch; the paper's splits", low=1)
+        term: Literal["gram"] = setting("gram", "how equivariance is measured")
+        views: Literal["shared", "separate"] = setting(
+            "shared", "shared: the base loss sees the group-shared views (2 passes); separate: views of its own (4 passes)"
+        )
+        reference_scale: bool = setting(False, "multiply the weight by the released code's 2 (m - 1), m images a group")
+
+    def __init__(self, backbone: nn.Module, settings: Settings, augmentation: Augmentation, size: int) -> None:
+        nn.Module.__init__(self)  # the backbone belongs to the base: owned twice, it would be saved twice
+        self.settings, self.augmentation, self.size = settings, augmentation, size
+        self.base = registry()[settings.base.name](backbone, settings.base, augmentation, size)
+
+    def views(self) -> list[ViewSpec]:
+        """One pair of views per group of images; beside the base's own where views are separate."""
+        paired = ViewSpec("paired", 2, self.size, self.augmentation, shared_by="group", groups=self.settings.groups)
+        return [paired] if self.settings.views == "shared" else [*self.base.views(), paired]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The base's embedding, [N, d]: this is what turns."""
+        return self.base.embed(images)
+
+    def forward(self, batch: Batch) -> Loss:
+        """The base's loss plus the weighted Gram term of the paired views."""
+        paired = batch.views["paired"]
+        if self.settings.views == "shared":
+            base = self.base.loss(paired)
+            z = base.embeddings
+        else:
+            base = self.base(batch)
+            z = self.embed(paired.flatten(0, 1)).unflatten(0, paired.shape[:2])
+        groups = self.settings.groups // world_size()
+        equivariance = gram_equivariance(z[0], z[1], groups)
+        weight = self.settings.weight
+        if self.settings.reference_scale:
+            weight = weight * 2 * (paired.shape[1] // groups - 1)
+        return Loss(base.total + weight * equivariance, base.terms | {"equivariance": equivariance.detach()}, z)
+
+    def represent(self, images: Tensor) -> dict[str, Tensor]:
+        """The base's representation."""
+        return self.base.represent(images)
+
+    def after_step(self, progress: float) -> None:
+        """The base's own update."""
+        self.base.after_step(progress)
