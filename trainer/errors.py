@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 STOPPED = 75  # saved on SIGTERM or SIGUSR1; the same command continues (EX_TEMPFAIL)
 DIVERGED = 76  # a loss was not finite
+STORAGE = 74  # a checkpoint could not be written; the previous one is intact (EX_IOERR)
 USAGE = 2  # bad input: nothing was written
 
 
@@ -27,8 +28,10 @@ def exit_with_one_line(main: Callable[..., None]) -> None:
     """Run a fire command line; a UserError becomes one line on stderr and the exit code it carries."""
     import fire
 
+    # A command that takes any setting would take --help for one; fire's own form of the flag stands behind "--".
+    command = ["--", "--help"] if {"--help", "-h"} & set(sys.argv[1:]) else None
     try:
-        fire.Fire(main)
+        fire.Fire(main, command=command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 import sys
 from dataclasses import dataclass
 
@@ -66,6 +65,20 @@ def look_around() -> World:
     return World(rank, size, local_rank, nodes, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 
+def check_nodes(world: World, expected: int | None) -> None:
+    """Hold the launcher to the `--nodes` flag; None promises nothing.
+
+    Raises:
+        UserError: a world of another size.
+    """
+    if expected is not None and expected != world.nodes:
+        raise UserError(
+            f"--nodes {expected} was promised, but the launcher started {world.nodes} node(s) with {world.size} rank(s)",
+            f"{expected} node(s)",
+            "Start with hosts: deepspeed --hostfile HOSTS launch/train.py --nodes N; or torchrun --nnodes N; or launch/slurm.sh.",
+        )
+
+
 def join(world: World, *, expected_nodes: int | None, timeout_minutes: float) -> None:
     """Check the promised number of nodes and connect the ranks.
 
@@ -76,13 +89,7 @@ def join(world: World, *, expected_nodes: int | None, timeout_minutes: float) ->
     Raises:
         UserError: a world of another size than promised, fewer GPUs than ranks, or ranks that did not arrive.
     """
-    if expected_nodes is not None and expected_nodes != world.nodes:
-        raise UserError(
-            f"--nodes {expected_nodes} was promised, but the launcher started {world.nodes} node(s), {world.size} rank(s), "
-            f"on {socket.gethostname()}",
-            f"{expected_nodes} node(s)",
-            "Give the hosts: deepspeed --hostfile HOSTS launch/train.py --nodes N; or torchrun --nnodes N; or launch/slurm.sh.",
-        )
+    check_nodes(world, expected_nodes)
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(

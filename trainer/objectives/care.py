@@ -39,6 +39,11 @@ class Care(Objective):
         self.settings, self.augmentation, self.size = settings, augmentation, size
         self.base = registry()[settings.base.name](backbone, settings.base, augmentation, size)
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The base's encoder."""
+        return self.base.encoder
+
     def views(self) -> list[ViewSpec]:
         """One pair of views per group of images; beside the base's own where views are separate."""
         paired = ViewSpec("paired", 2, self.size, self.augmentation, shared_by="group", groups=self.settings.groups)

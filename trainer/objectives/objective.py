@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from trainer.config import Augmentation
+from trainer.config import Augmentation, Run
 from trainer.data.views import Batch, ViewSpec
 
 
@@ -45,6 +45,11 @@ class Objective(nn.Module):
         self.settings = settings
         self.augmentation = augmentation
         self.size = size
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part that computes in the run's precision: images to features."""
+        return self.backbone
 
     def views(self) -> list[ViewSpec]:
         """The views of every image that `forward` will read from the batch."""
@@ -89,3 +94,11 @@ def registry() -> dict[str, type[Objective]]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"trainer.objectives.{module.name}")
     return _REGISTRY
+
+
+def build_objective(run: Run) -> Objective:
+    """The objective of a run, backbone and heads freshly initialised from torch's generator."""
+    from trainer.models.backbone import build_backbone  # timm costs seconds; checking settings must not
+
+    backbone = build_backbone(run.model, run.data.size)
+    return registry()[run.objective.name](backbone, run.objective, run.augmentation, run.data.size)

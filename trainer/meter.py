@@ -1,0 +1,129 @@
+"""What a step says of itself: losses, speed, waiting, collapse; to the record, to the screen, and to stop a diverged run."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from trainer.engine.world import World
+from trainer.errors import DIVERGED, UserError
+from trainer.evaluation.geometry import effective_rank
+from trainer.objectives.objective import Loss
+from trainer.tracking import Recorder
+
+COLLAPSED = 2.0  # effective rank of the embeddings below which the run is warned about: they lie on a line
+LINE_EVERY_S = 10.0  # between lines where the output is no terminal
+
+
+@dataclass
+class Meter:
+    """Collects steps without waiting for the device, and reads them out at every `flush`.
+
+    Args:
+        world: who takes part.
+        recorder: writes the record, on rank 0; None elsewhere.
+        steps, steps_per_epoch: length of the run and of an epoch.
+        batch_size: images per step over all ranks.
+    """
+
+    world: World
+    recorder: Recorder | None
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    last_good: str = "none"
+    _pending: list[tuple[int, float, float, Loss]] = field(default_factory=list)
+    _since: float = field(default_factory=time.perf_counter)
+    _display: "_Display | None" = None
+
+    def step(self, step: int, loss: Loss, lr: float, wait_s: float) -> None:
+        """Note a step: nothing is read from the device here."""
+        self._pending.append((step, lr, wait_s, loss))
+
+    def flush(self) -> None:
+        """Record the steps noted since the last flush.
+
+        Raises:
+            UserError: a loss was not finite on some rank; with the step, its terms and the last good checkpoint.
+        """
+        if not self._pending:
+            return
+        names = ["loss", *(f"terms/{name}" for name in self._pending[0][3].terms)]
+        values = torch.stack([torch.stack([loss.total.detach(), *loss.terms.values()]) for *_, loss in self._pending])
+        rows = self.world.mean(values).tolist()
+        elapsed = time.perf_counter() - self._since
+        rank = effective_rank(self._pending[-1][3].embeddings[0].detach().float())
+        common = {
+            "images_per_s": self.batch_size * len(rows) / elapsed,
+            "data_wait": sum(wait for _, _, wait, _ in self._pending) / elapsed,
+            "effective_rank": float(rank),
+        }
+        for (step, lr, _, _), row in zip(self._pending, rows, strict=True):
+            record = dict(zip(names, row, strict=True)) | {"lr": lr, "epoch": step / self.steps_per_epoch}
+            if step == self._pending[-1][0]:
+                record |= common
+            if self.recorder:
+                self.recorder.record("train", step, record)
+            if not all(value == value and abs(value) != float("inf") for value in row):
+                terms = [f"{key} {value:.4g}" for key, value in record.items() if key == "loss" or key.startswith("terms/")]
+                self.diverged(step, ", ".join(terms))
+        self._show(self._pending[-1][0], record)
+        if common["effective_rank"] < COLLAPSED:
+            self.say(f"warning: step {step}: embeddings have collapsed to effective rank {common['effective_rank']:.2f}")
+        self._pending.clear()
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Forget the time since the last flush: it was spent on evaluating or saving."""
+        self._since = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """A line on the screen of rank 0, above the bar."""
+        if self.world.rank == 0:
+            (self._display.bar.console.print if self._display and self._display.live else print)(text)
+
+    def close(self) -> None:
+        """Leave the screen as it should be."""
+        if self._display:
+            self._display.bar.stop()
+
+    def _show(self, step: int, record: dict[str, float]) -> None:
+        if self.world.rank == 0:
+            self._display = self._display or _Display(self.steps, step - len(self._pending))
+            self._display.show(step, record)
+
+    def diverged(self, step: int, what: str) -> None:
+        """End a run whose numbers are not finite any more."""
+        if self.recorder:
+            self.recorder.sync()
+        raise UserError(
+            f"step {step} is not finite ({what}); last good checkpoint: {self.last_good}",
+            "finite losses and weights",
+            "Lower optimiser.lr, set optimiser.clip_norm, or use engine.precision fp32; then start again from that checkpoint.",
+            code=DIVERGED,
+        )
+
+
+class _Display:
+    """A live bar on a terminal, else a line now and then."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"))
+        self.task = self.bar.add_task("train", total=steps, completed=done, text="")
+        self.live = sys.stdout.isatty()
+        self.steps, self.done, self.began, self.last_line = steps, done, time.monotonic(), float("-inf")
+        if self.live:
+            self.bar.start()
+
+    def show(self, step: int, record: dict[str, float]) -> None:
+        terms = " ".join(f"{name.removeprefix('terms/')} {record[name]:.4f}" for name in record if name == "loss" or "/" in name)
+        text = f"{terms} | {record['images_per_s']:.0f} img/s, {record['data_wait']:.0%} waiting for data, rank {record['effective_rank']:.1f}"
+        self.bar.update(self.task, completed=step, text=text)
+        now = time.monotonic()
+        if not self.live and (now - self.last_line > LINE_EVERY_S or step == self.steps):
+            eta = (now - self.began) / max(1, step - self.done) * (self.steps - step)
+            print(f"step {step}/{self.steps} | {text} | ETA {eta:.0f} s", flush=True)
+            self.last_line = now

@@ -1,0 +1,149 @@
+"""What a run would do and cost, computed without touching anything: `--dry_run`."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from trainer.config import Run, to_tree
+from trainer.data.shards import ShardFolder
+from trainer.engine.world import World, check_nodes, look_around
+from trainer.errors import UserError
+from trainer.objectives.objective import Objective, build_objective
+
+STATES = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}  # tensors of the weights' size that an optimiser keeps
+
+
+def check_batch(run: Run, ranks: int) -> None:
+    """Refuse a batch that ranks and groups cannot share evenly.
+
+    Raises:
+        UserError: naming the keys and the nearest values that work.
+    """
+    batch, groups = run.data.batch_size, getattr(run.objective, "groups", ranks)
+    if batch % ranks:
+        raise UserError(
+            f"data.batch_size {batch} over {ranks} ranks", "a multiple of the ranks", f"Use --data.batch_size {batch // ranks * ranks or ranks}."
+        )
+    if groups % ranks:
+        raise UserError(
+            f"objective.groups {groups} over {ranks} ranks", "whole groups on every rank", f"Use --objective.groups {math.ceil(groups / ranks) * ranks}."
+        )
+    if batch % groups or batch // groups < 2:
+        raise UserError(
+            f"data.batch_size {batch} in objective.groups {groups}",
+            "equal groups of at least 2 images",
+            f"Use --data.batch_size {max(2, round(batch / groups)) * groups}, or other groups.",
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one rank holds and sends.
+
+    Args:
+        parameters: weights of the objective, heads included.
+        encoded: images that pass the encoder in one step, over all ranks.
+        memory_bytes: weights, gradients, optimiser and activations on one rank, estimated.
+        sent_bytes: gradients and embeddings that one rank sends in one step, ring collectives assumed.
+    """
+
+    parameters: int
+    encoded: int
+    memory_bytes: int
+    sent_bytes: int
+
+
+def estimate(run: Run, ranks: int) -> Cost:
+    """Price a step on the meta device: no memory is taken and no weight drawn.
+
+    Activations are the outputs of all leaf modules, kept for the backward pass, in the encoder's precision: compilation
+    and fused kernels need less, allocators and workspaces more.
+    """
+    with torch.device("meta"):
+        objective = build_objective(run)
+    parameters = sum(p.numel() for p in objective.parameters())
+    rows = run.data.batch_size // ranks
+    views = sum(view.count for view in objective.views())
+    activations = _activations(objective, run.data.size) * rows * views
+    width = 2 if run.engine.precision == "bf16" else 4
+    shards = ranks if run.engine.zero_stage else 1
+    gradients = ranks if run.engine.zero_stage == 2 else 1
+    state = 4 * parameters * (1 + 1 / gradients + STATES[run.optimiser.name] / shards) + (4 * parameters / shards if shards > 1 else 0)
+    ring = (ranks - 1) / ranks
+    embeddings = 2 * run.data.batch_size * _embedding_dim(objective, run.data.size) * 4
+    # An all-reduce sends everything twice; gathered embeddings go once forward, and their gradients are all-reduced.
+    sent = ring * (2 * 4 * parameters + 3 * embeddings)
+    return Cost(parameters, run.data.batch_size * views, int(state + activations * width), int(sent))
+
+
+def print_plan(run: Run, nodes: int | None) -> None:
+    """Print settings, world, length and cost of a run."""
+    world = look_around()
+    check_nodes(world, nodes)
+    check_batch(run, world.size)
+    cost = estimate(run, world.size)
+    if world.rank:
+        return
+    console = Console()
+    console.print(yaml.safe_dump(to_tree(run), sort_keys=False, default_flow_style=None, width=120), highlight=False)
+    table = Table(show_header=False, title=f"{run.recipe}: what it would do", title_justify="left")
+    for name, value in [*_length(run, world), *_cost(cost)]:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _length(run: Run, world: World) -> list[tuple[str, str]]:
+    rows = [("world", f"{world.size} rank(s) on {world.nodes} node(s), {world.device.type}")]
+    try:
+        shards = ShardFolder.open(Path(run.data.shards) / "train")
+    except UserError as error:
+        return [*rows, ("images", f"unknown: {error}")]
+    epoch = math.ceil(shards.samples / world.size) // (run.data.batch_size // world.size)
+    steps = math.ceil(epoch * run.schedule.epochs)
+    return [
+        *rows,
+        ("images", f"{shards.samples:,} in {len(shards.shards)} shards"),
+        ("steps", f"{steps:,} ({epoch:,} an epoch, {run.schedule.epochs:g} epochs)"),
+        ("images seen", f"{steps * run.data.batch_size:,}"),
+    ]
+
+
+def _cost(cost: Cost) -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{cost.parameters:,}"),
+        ("images encoded a step", f"{cost.encoded:,}"),
+        ("memory of a rank", f"{cost.memory_bytes / 2**30:.2f} GiB, estimated"),
+        ("sent by a rank a step", f"{cost.sent_bytes / 2**20:.1f} MiB"),
+    ]
+
+
+def _activations(objective: Objective, size: int) -> int:
+    """Numbers that the leaf modules of the whole objective put out for one image."""
+    total = 0
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal total
+        if isinstance(output, torch.Tensor) and not list(module.children()):
+            total += output.numel()
+
+    hooks = [module.register_forward_hook(count) for module in objective.modules()]
+    _embed_two(objective, size)
+    for hook in hooks:
+        hook.remove()
+    return total // 2
+
+
+def _embedding_dim(objective: Objective, size: int) -> int:
+    return _embed_two(objective, size).shape[1]
+
+
+def _embed_two(objective: Objective, size: int) -> torch.Tensor:
+    """Two images: a BatchNorm in training mode needs more than one."""
+    with torch.no_grad():
+        return objective.embed(torch.empty(2, 3, size, size, device="meta"))
