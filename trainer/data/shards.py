@@ -6,6 +6,7 @@ Opening it checks what is cheap (names, sizes, sample counts); `data_prep/check_
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -91,7 +92,7 @@ class ShardFolder:
             UserError: the images are real, their factors unknown.
         """
         if self.factors is None:
-            raise UserError(f"{self.path} holds real images", "synthetic ones, whose factors are known", "Use --source synthetic.")
+            raise UserError(f"{self.path} holds real images", "drawn ones (factors known)", "Use --source synthetic.")
         table = np.full((self.samples, len(self.factors)), np.nan)
         for tar_path, index_path in zip(self.tar_paths, self.index_paths, strict=True):
             with open(tar_path, "rb") as tar:
@@ -119,10 +120,10 @@ def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
     return samples
 
 
-def _read(tar, place: tuple[int, int]) -> bytes:  # type: ignore[no-untyped-def]
+def _read(tar: BinaryIO, place: tuple[int, int]) -> bytes:
     offset, size = place
     tar.seek(offset)
-    return tar.read(size)  # type: ignore[no-any-return]
+    return tar.read(size)
 
 
 def _names(names: list[str] | None) -> tuple[str, ...] | None:
@@ -137,7 +138,7 @@ def _read_manifest(path: Path) -> dict:
     if not file.is_file():
         splits = sorted(child.parent.name for child in path.glob("*/manifest.json"))
         if splits:
-            raise UserError(f"{path} holds the splits {', '.join(splits)}", "the folder of one split", f"Use {path / splits[0]}.")
+            raise UserError(f"{path} holds {', '.join(splits)}", "the folder of one split", f"Use {path / splits[0]}.")
         content = "has tars but no manifest.json: unfinished" if any(path.glob("*.tar")) else "has no shards"
         raise UserError(f"{path} {content}", "a finished folder of shards", remake)
     try:
