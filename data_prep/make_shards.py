@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_prep.processes import console, run
 from data_prep.sources import Source, open_source
-from data_prep.writer import Report, Split, find_bad, in_processes, prepare_staging, publish, staging, write_shard
+from data_prep.writer import Report, Split, find_bad, prepare_staging, publish, staging, write_shard
 from trainer.data.shards import ShardFolder
 from trainer.errors import UserError, exit_with_one_line
 
 SPLITS = ("train", "val", "test")
-console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def make(
@@ -65,7 +63,6 @@ def make(
         overwrite: replace shards that were made with other settings.
     """
     _validate(split, validation, shard_size=shard_size, workers=workers, seed=seed, limit=limit, samples=samples, size=size)
-    workers = workers or len(os.sched_getaffinity(0))
     folder = Path(out or f"shards/{source}")
     try:
         opened = open_source(source, root, seed, samples, size, download)
@@ -107,7 +104,7 @@ def choose(source: Source, name: str, plan: dict[str, Any]) -> Split:
     return Split(name, source, images, order[: plan["limit"]], plan | {"split": name})
 
 
-def write(splits: list[Split], out: Path, workers: int, overwrite: bool) -> None:
+def write(splits: list[Split], out: Path, workers: int | None, overwrite: bool) -> None:
     """Stage every split that is not there, then publish them.
 
     Raises:
@@ -151,7 +148,7 @@ def _there(split: Split, out: Path, overwrite: bool) -> bool:
     return True
 
 
-def _without_bad(splits: list[Split], workers: int) -> list[Split]:
+def _without_bad(splits: list[Split], workers: int | None) -> list[Split]:
     """Leave out the images that cannot be used, so that those written are numbered without gaps."""
     reports = _run("checking", workers, find_bad, splits)
     good = []
@@ -167,18 +164,10 @@ def _without_bad(splits: list[Split], workers: int) -> list[Split]:
     return good
 
 
-def _run(title: str, workers: int, function: Callable[[Split, int], Report], splits: list[Split]) -> list[Report]:
-    """function(split, number) of every shard, with a progress bar that counts images."""
-    jobs = [(split, number) for split in splits for number in range(len(split.jobs))]
-    results = in_processes(workers, lambda job: function(*job), jobs)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    reports = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=sum(len(split.numbers) for split in splits))
-        for report in results:
-            reports.append(report)
-            progress.advance(task, report.images)
-    return reports
+def _run(title: str, workers: int | None, function: Callable[[Split, int], Report], splits: list[Split]) -> list[Report]:
+    """function(split, number) of every shard."""
+    jobs = [(split, number, len(numbers)) for split in splits for number, numbers in enumerate(split.jobs)]
+    return run(title, workers, function, [job[:2] for job in jobs], [job[2] for job in jobs])
 
 
 @contextmanager

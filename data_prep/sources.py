@@ -7,7 +7,9 @@ import hashlib
 import io
 import os
 import pickle
+import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -171,31 +173,45 @@ class FolderImages:
         for number in numbers:
             path = self._root / self._names[number]
             try:
-                image, side = self._load(path)
-                yield Sample(image, int(self.labels[number]), side)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                data, side = self._load(path)
+                yield Sample(data, int(self.labels[number]), side)
+            except (OSError, ValueError) as error:
                 yield Bad(int(number), str(path), f"({error})")
 
     def _load(self, path: Path) -> tuple[bytes, int]:
-        data = path.read_bytes()
-        expected = SUFFIXES.get(path.suffix.lower().lstrip("."))
-        if expected is None:
+        kind = SUFFIXES.get(path.suffix.lower().lstrip("."))
+        if kind is None:
             raise ValueError("not named as an image")
-        if not data:
-            raise ValueError("empty file")
-        with warnings.catch_warnings(), io.BytesIO(data) as file:
+        data = path.read_bytes()
+        image = decode(data, kind)
+        return data if kind == self._extension else _encode(image, self._extension), min(image.size)
+
+
+def decode(data: bytes, kind: str) -> Image.Image:
+    """Decode an image in full.
+
+    Args:
+        data: the encoded image.
+        kind: what it must be, a value of KINDS.
+
+    Raises:
+        ValueError: it is empty, corrupt or of another kind; says which.
+    """
+    if not data:
+        raise ValueError("empty file")
+    try:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; what matters is raised
-            try:
-                image = Image.open(file, formats=list(KINDS))
-            except UnidentifiedImageError:
-                raise ValueError("not an image, or a corrupt one") from None
-            with image:
-                found = KINDS[image.format or ""]
-                if found != expected:
-                    raise ValueError(f"its content is {found}, wrong extension")
-                image.load()
-                kept = data if found == self._extension else _encode(image, self._extension)
-                return kept, min(image.size)
+            image = Image.open(io.BytesIO(data), formats=list(KINDS))
+            image.load()
+    except UnidentifiedImageError:
+        raise ValueError("not an image, or a corrupt one") from None
+    except (OSError, ValueError, SyntaxError, IndexError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"corrupt: {error}") from None
+    found = KINDS[image.format or ""]
+    if found != kind:
+        raise ValueError(f"wrong extension, it is {found}")
+    return image
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -1,21 +1,15 @@
-"""Writes shards: deterministic USTAR tars with their DALI index, by several processes, staged and published whole.
+"""Writes shards: deterministic USTAR tars with their DALI index, staged and published whole.
 
 A split is staged in OUT/.SPLIT.partial. A tar, its index and its record there are written under a temporary name, synced and
 renamed; a record is the proof that its tar is complete. When all splits are staged, each folder is renamed to OUT/SPLIT.
 """
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import signal
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +17,8 @@ import numpy as np
 
 from data_prep.sources import Bad, Images, Sample, Source
 from trainer.data.shards import FORMAT, Shard
-from trainer.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
-_function: Callable[[Any], Any]  # what a worker process does with each job
 BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # mode 644, owner 0, time 0
 
 
@@ -98,42 +90,6 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def in_processes(workers: int, function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
-    """function(job) of every job, as they finish.
-
-    The processes are forked by this call, so that `function` may hold what cannot be pickled, and before any thread starts.
-    """
-    if workers == 1 or len(jobs) < 2:
-        return map(function, jobs)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("fork"), _begin_worker, (function, os.getpid()))
-    return _results(pool, [pool.submit(_work, job) for job in jobs])
-
-
-def _results(pool: ProcessPoolExecutor, futures: list[Future]) -> Iterator[Any]:
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed", "enough memory", "Use fewer --workers; the same command goes on."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(function: Callable[[Any], Any], parent: int) -> None:
-    global _function
-    _function = function
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: end quietly, the parent speaks
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the parent is killed
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _work(job: Any) -> Any:
-    return _function(job)
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,21 @@ class ShardFolder:
         Raises:
             UserError: no such folder, an unfinished one, a file missing or of another size.
         """
+        folder = cls.from_manifest(path)
+        for shard in folder.shards:
+            _check_sizes(folder.path, shard)
+        return folder
+
+    @classmethod
+    def from_manifest(cls, path: str | Path) -> "ShardFolder":
+        """Read the manifest alone.
+
+        Raises:
+            UserError: no such folder, or an unfinished one.
+        """
         path = Path(path)
         manifest = _read_manifest(path)
-        folder = cls(
+        return cls(
             path=path,
             split=manifest["split"],
             samples=manifest["samples"],
@@ -71,9 +83,6 @@ class ShardFolder:
             factors=_names(manifest["factors"]),
             shards=tuple(Shard(**shard) for shard in manifest["shards"]),
         )
-        for shard in folder.shards:
-            _check_sizes(path, shard)
-        return folder
 
     @property
     def tar_paths(self) -> list[str]:
