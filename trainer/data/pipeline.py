@@ -1,0 +1,172 @@
+"""The DALI graph: shards are read and decoded once, every view of every image is made from its draws.
+
+One graph for both devices; on a GPU the decoding is mixed (without the fixed-function decoder, whose pixels differ) and the
+rest runs there. The order of the operations is fixed: crop, brightness, contrast, saturation with hue and grayscale, blur,
+flip, normalise (torchvision's ColorJitter shuffles the four colours). Against torchvision, op by op, on uint8 images:
+
+- Every colour operation rounds and clamps to uint8, as there.
+- The crop has antialiasing and fractional edges (there: rounded to pixels).
+- Contrast turns about the mean luma of the crop, as there.
+- Saturation and hue are one linear map of the colour (chroma of YIQ scaled and rotated), the same for every pixel and so for
+  every image of a group; there hue shifts the angle of HSV. For shifts within +-0.1 turns the two differ by 4 of 255 on
+  average on CIFAR-10.
+- The blur's kernel spans a tenth of the view, odd (SimCLR, Chen et al. 2020, app. A): 3 pixels at 32, 23 at 224.
+"""
+
+# DALI's stubs miss its constants and give every operator the type of all its forms.
+# mypy: disable-error-code="attr-defined, arg-type, call-overload, assignment, return-value"
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import math as dmath
+from nvidia.dali.data_node import DataNode
+
+from trainer.data.shards import ShardFolder
+from trainer.data.views import ViewSpec
+
+Arguments = Callable[[int], list[np.ndarray]]
+
+RESAMPLING = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+
+
+def build(
+    folder: ShardFolder,
+    views: Sequence[ViewSpec],
+    arguments: Arguments,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device_id: int | None,
+    threads: int,
+    seed: int,
+    shuffle_buffer: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    """The pipeline of one rank.
+
+    Args:
+        folder: the shards; each rank reads a range of samples, padded so that all have equally many batches.
+        views: what to make.
+        arguments: iteration -> arrays [batch_size, ...] as `to_arguments` returns them; besides the reader's shuffling the
+            only source of randomness.
+        device_id: of the GPU, None for the CPU.
+        shuffle_buffer: samples in the reader's shuffle buffer; 0 reads in order.
+        mean, std: of the channels, of 1.
+        checkpoint: of an equal pipeline, to go on from.
+
+    Outputs: the views in order, copies one by one, float32 [B, 3, size, size]; then `cls` and `index`, uint8 [B, 8].
+    """
+
+    def graph() -> tuple[DataNode, ...]:
+        encoded, label, index = _read(folder, rank, world_size, seed, shuffle_buffer)
+        gpu = device_id is not None
+        # The GPU's fixed-function JPEG decoder is left out: its pixels differ, and so would a resumed run on another GPU.
+        images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **({"hw_decoder_load": 0.0} if gpu else {}))
+        sides = _sides_of_a_square(images)
+        count = sum(view.count * len(_parameters(view)) for view in views)
+        drawn = iter(fn.external_source(source=arguments, num_outputs=count, batch=True) if count else ())
+        outputs = []
+        for view in views:
+            for _ in range(view.count):
+                parameters = {name: next(drawn) for name in _parameters(view)}
+                pixels = _augmented(images, sides, view.size, parameters, gpu) if parameters else _plain(images, view.size)
+                outputs.append(_normalised(pixels, parameters.get("flip", 0), view.size, mean, std))
+        return *outputs, label, index
+
+    define = pipeline_def(enable_conditionals=True, enable_checkpointing=True, checkpoint=checkpoint)(graph)
+    return define(batch_size=batch_size, num_threads=threads, device_id=device_id, seed=seed * world_size + rank)
+
+
+def to_arguments(views: Sequence[ViewSpec], draws: dict[str, dict[str, np.ndarray]]) -> list[np.ndarray]:
+    """The draws of `augment.draw_view` by view name, as the graph of the same views takes them."""
+    arrays = []
+    for view in views:
+        drawn = draws[view.name]
+        if drawn:
+            adapted = drawn | {
+                "flip": drawn["flip"].astype(np.int32),
+                "saturation": np.where(drawn["gray"], np.float32(0), drawn["saturation"]),
+                "hue": 360 * drawn["hue"],
+            }
+            arrays += [adapted[name][copy] for copy in range(view.count) for name in _parameters(view)]
+    return arrays
+
+
+def _parameters(view: ViewSpec) -> tuple[str, ...]:
+    """Names of the arguments that one copy of a view takes, in order."""
+    if view.augmentation is None:
+        return ()
+    colour = ("extent", "anchor", "flip", "brightness", "contrast", "saturation", "hue")
+    return (*colour, "sigma") if view.augmentation.blur > 0 and _kernel(view.size) > 1 else colour
+
+
+def _kernel(size: int) -> int:
+    """Width of the blur's kernel in pixels, odd; below 20 pixels there is no blur."""
+    return 2 * (size // 20) + 1
+
+
+def _read(folder: ShardFolder, rank: int, world_size: int, seed: int, shuffle_buffer: int) -> list[DataNode]:
+    shuffled = {
+        "random_shuffle": True,
+        "initial_fill": shuffle_buffer,
+        "shuffle_after_epoch": True,  # the order of the tars, alike on all ranks
+        "shuffle_after_epoch_seed": seed,
+    }
+    components: list[DataNode] = fn.readers.webdataset(
+        paths=folder.tar_paths,
+        index_paths=folder.index_paths,
+        ext=[folder.image_extension, "cls", "index"],
+        dtypes=[types.UINT8] * 3,
+        missing_component_behavior="error",
+        shard_id=rank,
+        num_shards=world_size,
+        pad_last_batch=True,
+        **(shuffled if shuffle_buffer else {}),
+    )
+    return components
+
+
+def _sides_of_a_square(images: DataNode) -> DataNode:
+    """Height and width of the square of an image's area, relative to the image, float32 [2]; see `augment.crop_box`."""
+    shape = images.shape()
+    return dmath.sqrt(fn.cast(shape[0] * shape[1], dtype=types.FLOAT)) / shape[:2]
+
+
+def _augmented(images: DataNode, sides: DataNode, size: int, drawn: dict[str, DataNode], gpu: bool) -> DataNode:
+    """uint8 [size, size, 3] from the draws of one copy."""
+    box = drawn["extent"] * sides
+    box = box / dmath.max(fn.reductions.max(box), 1.0)
+    start = drawn["anchor"] * (1.0 - box)
+    x = fn.resize(images, size=[size, size], roi_start=start, roi_end=start + box, roi_relative=True, **RESAMPLING)
+    x = fn.brightness(x, brightness=drawn["brightness"])
+    luma = fn.reductions.mean(fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY))
+    x = fn.brightness_contrast(x, contrast=drawn["contrast"], contrast_center=luma.cpu() if gpu else luma)
+    x = fn.hsv(x, saturation=drawn["saturation"], hue=drawn["hue"])
+    if "sigma" in drawn:
+        sigma = drawn["sigma"]
+        if sigma > 0.0:
+            x = fn.gaussian_blur(x, sigma=sigma, window_size=_kernel(size))
+    return x
+
+
+def _plain(images: DataNode, size: int) -> DataNode:
+    """The evaluation view: the shorter side 8/7 of the view (256 for 224; the view itself up to 64 pixels), uncropped."""
+    return fn.resize(images, resize_shorter=size if size <= 64 else round(size * 256 / 224), **RESAMPLING)
+
+
+def _normalised(pixels: DataNode, mirror: DataNode | int, size: int, mean: Sequence[float], std: Sequence[float]) -> DataNode:
+    """The centre, mirrored, normalised, float32 [3, size, size]."""
+    return fn.crop_mirror_normalize(
+        pixels,
+        crop=(size, size),
+        mirror=mirror,
+        mean=[255 * value for value in mean],
+        std=[255 * value for value in std],
+        dtype=types.FLOAT,
+        output_layout="CHW",
+    )
