@@ -130,6 +130,7 @@ def test_effective_rank_of_known_spectra():
     two = basis[:, :2] * torch.tensor([3.0, 1.0])
     assert effective_rank(two) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
     assert effective_rank((basis[:1] + 1).repeat(64, 1).float()) == 0
+    assert math.isnan(effective_rank(basis * math.nan))
 
 
 @pytest.mark.parametrize("columns", [1, 2])

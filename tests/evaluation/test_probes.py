@@ -124,4 +124,5 @@ def _one_of_two_ranks(rank, store):
     assert torch.equal(joint.index, alone.index)
     assert torch.equal(joint.label, alone.label)
     torch.testing.assert_close(joint.values, alone.values)
+    assert torch.equal(extract(Tiny(), batches(range(10)) if rank else []).index, alone.index)
     torch.distributed.destroy_process_group()

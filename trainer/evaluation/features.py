@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,34 +55,31 @@ def extract(objective: Objective, batches: Iterable[Batch], part: str = "full", 
 
     Returns: the features, float32 whatever the precision of training was.
     """
-    views: dict[str, list[Tensor]] = {}
-    labels, indices, left = [], [], sys.maxsize if limit is None else limit
+    chunks: list[Features] = []
+    left = sys.maxsize if limit is None else limit
     with frozen(objective):
         for batch in batches:
-            for name, images in batch.views.items():
-                encoded = [_encode(objective, view[:left], part).float().cpu() for view in images]
-                views.setdefault(name, []).append(torch.stack(encoded, dim=1))
-            labels.append(batch.label[:left].cpu())
-            indices.append(batch.index[:left].cpu())
-            left -= len(indices[-1])
+            values = {
+                name: torch.stack([_encode(objective, view[:left], part).float().cpu() for view in images])
+                for name, images in batch.views.items()
+            }
+            chunks.append(Features(values, batch.label[:left].cpu(), batch.index[:left].cpu()))
+            left -= len(chunks[-1].index)
             if left == 0:
                 break
-    index, order = np.unique(gather(torch.cat(indices)).numpy(), return_index=True)
-    values = {name: gather(torch.cat(rows))[order].transpose(0, 1).contiguous() for name, rows in views.items()}
-    return Features(values, gather(torch.cat(labels))[order], torch.from_numpy(index))
+    chunks = _of_all_ranks(chunks)
+    index, order = np.unique(torch.cat([chunk.index for chunk in chunks]).numpy(), return_index=True)
+    values = {name: torch.cat([chunk.values[name] for chunk in chunks], dim=1)[:, order] for name in chunks[0].values}
+    return Features(values, torch.cat([chunk.label for chunk in chunks])[order], torch.from_numpy(index))
 
 
-def gather(rows: Tensor) -> Tensor:
-    """Rows of all ranks in the order of ranks, [sum N_r, ...]; ranks may hold different numbers. On the CPU, over gloo."""
+def _of_all_ranks(chunks: list[Features]) -> list[Features]:
+    """The chunks of every rank; a rank may have more than another, or none."""
     if not dist.is_initialized():
-        return rows
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)]))
-    padded = torch.zeros(int(max(sizes)), *rows.shape[1:], dtype=rows.dtype)
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+        return chunks
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, chunks)
+    return [chunk for rank in ranks for chunk in rank]
 
 
 def _encode(objective: Objective, images: Tensor, part: str) -> Tensor:

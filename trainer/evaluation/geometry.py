@@ -61,9 +61,11 @@ def gamma(source: Tensor, target: Tensor) -> float:
 def effective_rank(embedding: Tensor) -> float:
     """Dimensions in use: exp of the entropy of the normalised singular values (Roy & Vetterli 2007) of centred rows [n, d].
 
-    Between 1 and min(n - 1, d); 0 when all rows are one point up to rounding.
+    Between 1 and min(n - 1, d); 0 when all rows are one point up to rounding, nan where one is not finite.
     """
     rows = embedding.double()
+    if not rows.isfinite().all():
+        return float("nan")
     singular = torch.linalg.svdvals(rows - rows.mean(dim=0))
     singular = singular[singular > torch.finfo(embedding.dtype).eps * rows.norm()]
     share = singular / singular.sum()

@@ -1,0 +1,241 @@
+"""The evaluation of one checkpoint on held-out images: every measure, its figures, one metrics.json."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer import __version__
+from trainer.checkpoint import load_objective, read_manifest, resolve
+from trainer.config import Run
+from trainer.data.loader import Loader
+from trainer.data.shards import ShardFolder
+from trainer.data.views import Batch, ViewSpec
+from trainer.errors import UserError
+from trainer.evaluation import figures
+from trainer.evaluation.features import Features, extract
+from trainer.evaluation.geometry import cosines, effective_rank, measure_motion, recovery, unexplained
+from trainer.evaluation.knn import knn_accuracy
+from trainer.evaluation.linear import LIGHT, linear_probe
+from trainer.objectives.objective import Objective
+from trainer.tracking import git_commit
+
+METRICS, DRAWS = "metrics.json", "draws.json"
+DEFINITIONS = {
+    "knn": "Accuracy of the 20 nearest training images voting by similarity, per cent.",
+    "linear": "Accuracy of a linear classifier on the frozen features, per cent.",
+    "wahba_so": "What is left of the displacement, root mean square, after the best rotation of each transformation.",
+    "wahba_o": "The same, reflections allowed.",
+    "l_inv": "How far a transformation moves an embedding, root mean square on the unit sphere; 0 is invariance.",
+    "unexplained": "wahba_so / l_inv: share of the displacement that no rotation explains; 1 means rotations explain nothing.",
+    "gamma": "Change of the distances between embeddings under a transformation, relative to how far it moves them.",
+    "effective_rank": "Dimensions that the embedding uses.",
+    "angle_std": "Spread over images of the cosine by which one transformation turns them.",
+}
+CIRCULAR = {"hue"}  # factors in turns of a whole circle: recovered as a point on it
+UNSEEN = {"orientation": ("circle", "ring")}  # factor -> classes on which it cannot be seen
+BLOCKS, ROWS = 3, 4  # of the sheet of views
+MOVED_BATCH = 64  # images at a time where every image comes with all draws
+
+
+def evaluate(
+    checkpoint: Path | str,
+    shards: Path | str,
+    out: Path | str,
+    *,
+    split: str = "test",
+    images: int = 2000,
+    draws: int = 20,
+    passes: int = 4,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure a checkpoint and write metrics.json, draws.json, angles.png and views.png into `out`.
+
+    Args:
+        checkpoint: a checkpoint or a run folder.
+        shards: the data set's folder, with train/ and the split inside; train/ teaches kNN, probe and factor regression.
+        out: folder to write into.
+        split: "test" for a result; "val" to choose settings by.
+        images: held-out images that the geometry is measured on, at most; it needs many times the embedding's dimension.
+        draws: transformations, each applied to all of these images.
+        passes: light augmentations of the training images that the linear probe sees.
+        batch_size: images encoded at a time.
+        seed: of draws, augmentations and the probe.
+        device: "cpu" or "cuda".
+
+    Returns: what metrics.json holds.
+
+    Raises:
+        UserError: no such or a damaged checkpoint, missing shards, or a split that was trained on.
+    """
+    if split == "train":
+        raise UserError("--split is train", "images that the model has not seen", "Use test for a result, val for a choice.")
+    for name, value in {"images": images, "draws": draws, "passes": passes, "batch_size": batch_size}.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"--{name} is {value}", "a whole number from 1", "Correct it.")
+    train, held_out = (ShardFolder.open(Path(shards) / name) for name in ("train", split))
+    if min(images, held_out.samples) < BLOCKS * ROWS:
+        raise UserError(f"{min(images, held_out.samples)} {split} images", f"{BLOCKS * ROWS} or more", "Use more.")
+    path = resolve(Path(checkpoint))
+    objective, run = load_objective(path)
+    bench = Bench(objective.to(device), run, seed, device)
+
+    learnt = bench.measure_content(train, held_out, passes, batch_size)
+    motion, turned, embedding = bench.measure_geometry(held_out, images, draws)
+    measures = learnt | {name: fmean(values) for name, values in motion.items()}
+    measures["unexplained"] = unexplained(measures["wahba_so"], measures["l_inv"])
+    measures["effective_rank"] = effective_rank(embedding)
+    result = {
+        "measures": measures,
+        "notes": _notes(measures, embedding),
+        "definitions": DEFINITIONS | {name: _recovery_definition(name) for name in measures if name.endswith("_r2")},
+        "split": split,
+        "images": {"train": train.samples, split: held_out.samples, "geometry": len(embedding)},
+        "draws": draws,
+        "seed": seed,
+        "checkpoint": {"folder": str(checkpoint), "step": read_manifest(path)["step"]},
+        "code": {"version": __version__, "git_commit": git_commit(), "torch": torch.__version__},
+    }
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    figures.save_png(figures.angle_histogram({run.objective.name: turned}), out / "angles.png")
+    bench.draw_views(held_out).save(out / "views.png")
+    write_json(out / DRAWS, {"per_draw": motion, "cosines": turned})
+    write_json(out / METRICS, result)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A trained model on the bench, with the images it is shown."""
+
+    objective: Objective
+    run: Run
+    seed: int
+    device: str
+
+    def measure_content(self, train: ShardFolder, held_out: ShardFolder, passes: int, batch_size: int) -> dict[str, float]:
+        """What the backbone's features hold: classes (kNN, linear probe) and known factors, by name, where there are any."""
+        if train.classes is None and held_out.factors is None:
+            return {}
+        light = ViewSpec("light", passes, self.run.data.size, LIGHT)
+        bank = self._extract(train, batch_size, [self._plain, light], "training images")
+        query = self._extract(held_out, batch_size, [self._plain], f"{held_out.split} images")
+        measures = {}
+        known, asked = bank.label >= 0, query.label >= 0
+        if known.any() and asked.any():
+            truth = bank.label[known], query.label[asked]
+            values, guessed = bank.values["plain"][0, known], query.values["plain"][0, asked]
+            measures["knn"] = knn_accuracy(values, truth[0], guessed, truth[1])
+            measures["linear"] = linear_probe(bank.values["light"][:, known], truth[0], guessed, truth[1], seed=self.seed)
+        for name in held_out.factors or ():
+            x, y = _factor(train, bank, name)
+            z, t = _factor(held_out, query, name)
+            measures[f"{name}_r2"] = recovery(x, y, z, t)
+        return measures
+
+    def measure_geometry(
+        self, held_out: ShardFolder, images: int, draws: int
+    ) -> tuple[dict[str, list[float]], list[list[int]], Tensor]:
+        """How the run's own transformations move the embedding.
+
+        Returns: every measure for every draw; histograms of the cosines, [draws, BINS]; embeddings [n, d].
+        """
+        moved = ViewSpec("moved", draws, self.run.data.size, self.run.augmentation, shared_by="dataset")
+        about = f"{draws} transformations of {min(images, held_out.samples):,} {held_out.split} images"
+        features = self._extract(held_out, MOVED_BATCH, [self._plain, moved], about, "embedding", images)
+        source, targets = features.values["plain"][0], features.values["moved"]
+        turned = [torch.histc(cosines(source, target), figures.BINS, -1, 1).int().tolist() for target in targets]
+        return measure_motion(source, targets), turned, source
+
+    def draw_views(self, held_out: ShardFolder) -> Any:
+        """Images beside the views that the objective trains on: in groups where the objective groups."""
+        spec = max(self.objective.views(), key=lambda view: view.groups)
+        spec = dataclasses.replace(spec, name="pair", groups=BLOCKS if spec.groups else 0)
+        batch = next(iter(self._load(held_out, BLOCKS * ROWS, [self._plain, spec])))
+        data = self.run.data
+        return figures.view_sheet(batch.views["plain"][0], batch.views["pair"][:2], BLOCKS, data.mean, data.std)
+
+    @property
+    def _plain(self) -> ViewSpec:
+        return ViewSpec("plain", 1, self.run.data.size, None)
+
+    def _extract(
+        self,
+        folder: ShardFolder,
+        batch_size: int,
+        views: list[ViewSpec],
+        about: str,
+        part: str = "full",
+        limit: int | None = None,
+    ) -> Features:
+        from rich.progress import track
+
+        total = -(-min(limit or folder.samples, folder.samples) // batch_size)
+        batches: Iterable[Batch] = track(self._load(folder, batch_size, views), f"  {about}", total)
+        return extract(self.objective, batches, part, limit)
+
+    def _load(self, folder: ShardFolder, batch_size: int, views: list[ViewSpec]) -> Loader:
+        data = self.run.data
+        return Loader(
+            folder,
+            views,
+            batch_size=batch_size,
+            seed=self.seed,
+            device=torch.device(self.device),
+            shuffle=False,
+            threads=data.threads,
+            mean=data.mean,
+            std=data.std,
+            shuffle_buffer=1,
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that appears whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _factor(folder: ShardFolder, features: Features, name: str) -> tuple[Tensor, Tensor]:
+    """Features and values of one factor, of the images on which it can be seen: [N, D] and [N, 1 or 2]."""
+    assert folder.factors is not None
+    values = folder.factors_table()[features.index.numpy(), folder.factors.index(name)]
+    unseen = [label for label, shape in enumerate(folder.classes or ()) if shape in UNSEEN.get(name, ())]
+    seen = torch.from_numpy(~np.isin(features.label.numpy(), unseen))
+    turn = 2 * np.pi * values
+    columns = [np.sin(turn), np.cos(turn)] if name in CIRCULAR else [values]
+    return features.values["plain"][0][seen], torch.from_numpy(np.stack(columns, axis=1))[seen]
+
+
+def _recovery_definition(measure: str) -> str:
+    name = measure.removesuffix("_r2")
+    circle = ", as a point on the circle" if name in CIRCULAR else ""
+    unseen = f"; without {' and '.join(UNSEEN[name])}, which do not show it" if name in UNSEEN else ""
+    return f"R² of {name} read linearly from the frozen features of unseen images{circle}{unseen}; 1 is perfect."
+
+
+def _notes(measures: dict[str, float], embedding: Tensor) -> list[str]:
+    """What a reader of the numbers must know about them."""
+    notes = []
+    n, d = embedding.shape
+    if "knn" not in measures:
+        notes.append("The images have no labels: kNN and linear are left out.")
+    if n < 4 * d:
+        notes.append(f"{n} images are fewer than 4 x {d} dimensions: rotations fit them by chance, wahba is too low.")
+    if measures["effective_rank"] < 2:
+        notes.append("The embedding has collapsed: its geometry means nothing.")
+    return notes
