@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from trainer import __version__
 from trainer.checkpoint import Checkpoints, Progress, check_settings
 from trainer.config import Run, Schedule, flatten, to_tree
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, rank_batch_size
 from trainer.data.shards import ShardFolder
 from trainer.data.views import ViewSpec
 from trainer.engine.engine import Engine, build_engine, build_optimiser, place
@@ -25,7 +25,6 @@ from trainer.evaluation.features import extract
 from trainer.evaluation.knn import knn_accuracy
 from trainer.meter import Meter
 from trainer.objectives.objective import Objective, build_objective
-from trainer.plan import check_batch
 from trainer.tracking import Recorder, git_commit
 
 STOP_CHECK_EVERY = 8  # steps between asking all ranks whether one was told to stop
@@ -146,7 +145,9 @@ class _Running:
 def _prepare(run: Run, world: World) -> _Running:
     """Build every part of a run, from its newest checkpoint if it has one."""
     shards = ShardFolder.open(Path(run.data.shards) / "train")
-    check_batch(run, world.size)
+    torch.manual_seed(run.seed)
+    objective = build_objective(run)
+    rows = rank_batch_size(run.data.batch_size, world.size, objective.views())
     folder = Path(run.out)
     checkpoints = Checkpoints(folder / "checkpoints", run, world, run.checkpoint.keep)
     if world.rank == 0:
@@ -156,14 +157,13 @@ def _prepare(run: Run, world: World) -> _Running:
     if not (folder / "settings.json").exists():
         raise UserError(f"rank {world.rank} does not see {folder}", "a folder on storage that all nodes share", "Set --out to one.")
 
-    torch.manual_seed(run.seed)
-    objective = place(build_objective(run), run.engine, world).train()
+    objective = place(objective, run.engine, world).train()
     optimiser = build_optimiser(objective, run.optimiser, run.engine)
     engine = build_engine(run, objective, optimiser, world)
     newest = checkpoints.newest()
     progress = checkpoints.load(newest, objective, engine) if newest else Progress()
     state = checkpoints.loader_state(newest) if newest else None
-    loader = _loader(run, shards, objective.views(), world, state=state)
+    loader = _loader(run, shards, objective.views(), world, rows, state=state)
     steps = max(1, math.ceil(run.schedule.epochs * loader.steps_per_epoch))
     schedule = build_schedule(run.schedule, optimiser, steps, loader.steps_per_epoch)
     recorder = None
@@ -205,16 +205,16 @@ def _validation_knn(run: Run, objective: Objective, world: World) -> float | Non
     if not path.exists():
         return None
     view = ViewSpec("plain", 1, run.data.size, None)
-    features = extract(objective, _loader(run, ShardFolder.open(path), [view], world, shuffle=False))
+    features = extract(objective, _loader(run, ShardFolder.open(path), [view], world, run.data.batch_size // world.size, shuffle=False))
     values, label, even = features.values["plain"][0], features.label, features.index % 2 == 0
     return None if (label < 0).any() else knn_accuracy(values[even], label[even], values[~even], label[~even])
 
 
-def _loader(run: Run, shards: ShardFolder, views: list[ViewSpec], world: World, **options: Any) -> Loader:
+def _loader(run: Run, shards: ShardFolder, views: list[ViewSpec], world: World, rows: int, **options: Any) -> Loader:
     return Loader(
         shards,
         views,
-        batch_size=run.data.batch_size // world.size,
+        batch_size=rows,
         seed=run.seed,
         rank=world.rank,
         world_size=world.size,

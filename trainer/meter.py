@@ -11,9 +11,10 @@ from trainer.engine.world import World
 from trainer.errors import DIVERGED, UserError
 from trainer.evaluation.geometry import effective_rank
 from trainer.objectives.objective import Loss
-from trainer.tracking import Recorder
+from trainer.tracking import Recorder, system_metrics
 
 COLLAPSED = 2.0  # effective rank of the embeddings below which the run is warned about: they lie on a line
+SYSTEM_EVERY_S = 10.0  # between records of the machine's load
 LINE_EVERY_S = 10.0  # between lines where the output is no terminal
 
 
@@ -36,6 +37,7 @@ class Meter:
     last_good: str = "none"
     _pending: list[tuple[int, float, float, Loss]] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
+    _system_at: float = float("-inf")
     _display: "_Display | None" = None
 
     def step(self, step: int, loss: Loss, lr: float, wait_s: float) -> None:
@@ -69,6 +71,7 @@ class Meter:
             if not all(value == value and abs(value) != float("inf") for value in row):
                 terms = [f"{key} {value:.4g}" for key, value in record.items() if key == "loss" or key.startswith("terms/")]
                 self.diverged(step, ", ".join(terms))
+        self._record_system(self._pending[-1][0])
         self._show(self._pending[-1][0], record)
         if common["effective_rank"] < COLLAPSED:
             self.say(f"warning: step {step}: embeddings have collapsed to effective rank {common['effective_rank']:.2f}")
@@ -88,6 +91,11 @@ class Meter:
         """Leave the screen as it should be."""
         if self._display:
             self._display.bar.stop()
+
+    def _record_system(self, step: int) -> None:
+        if self.recorder and time.monotonic() - self._system_at > SYSTEM_EVERY_S:
+            self.recorder.record("system", step, system_metrics())
+            self._system_at = time.monotonic()
 
     def _show(self, step: int, record: dict[str, float]) -> None:
         if self.world.rank == 0:

@@ -11,35 +11,13 @@ from rich.table import Table
 from torch import nn
 
 from trainer.config import Run, to_tree
+from trainer.data.loader import rank_batch_size
 from trainer.data.shards import ShardFolder
 from trainer.engine.world import World, check_nodes, look_around
 from trainer.errors import UserError
 from trainer.objectives.objective import Objective, build_objective
 
 STATES = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}  # tensors of the weights' size that an optimiser keeps
-
-
-def check_batch(run: Run, ranks: int) -> None:
-    """Refuse a batch that ranks and groups cannot share evenly.
-
-    Raises:
-        UserError: naming the keys and the nearest values that work.
-    """
-    batch, groups = run.data.batch_size, getattr(run.objective, "groups", ranks)
-    if batch % ranks:
-        raise UserError(
-            f"data.batch_size {batch} over {ranks} ranks", "a multiple of the ranks", f"Use --data.batch_size {batch // ranks * ranks or ranks}."
-        )
-    if groups % ranks:
-        raise UserError(
-            f"objective.groups {groups} over {ranks} ranks", "whole groups on every rank", f"Use --objective.groups {math.ceil(groups / ranks) * ranks}."
-        )
-    if batch % groups or batch // groups < 2:
-        raise UserError(
-            f"data.batch_size {batch} in objective.groups {groups}",
-            "equal groups of at least 2 images",
-            f"Use --data.batch_size {max(2, round(batch / groups)) * groups}, or other groups.",
-        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,7 @@ def estimate(run: Run, ranks: int) -> Cost:
     with torch.device("meta"):
         objective = build_objective(run)
     parameters = sum(p.numel() for p in objective.parameters())
-    rows = run.data.batch_size // ranks
+    rows = rank_batch_size(run.data.batch_size, ranks, objective.views())
     views = sum(view.count for view in objective.views())
     activations = _activations(objective, run.data.size) * rows * views
     width = 2 if run.engine.precision == "bf16" else 4
@@ -86,7 +64,6 @@ def print_plan(run: Run, nodes: int | None) -> None:
     """Print settings, world, length and cost of a run."""
     world = look_around()
     check_nodes(world, nodes)
-    check_batch(run, world.size)
     cost = estimate(run, world.size)
     if world.rank:
         return

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import timm.optim
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config import Engine as EngineSettings
 from trainer.config import Optimiser, Run
@@ -46,9 +46,8 @@ def place(objective: Objective, settings: EngineSettings, world: World) -> Objec
     """Move an objective to this rank's device, in its memory format and precision, and compile it if asked."""
     if settings.sync_batchnorm:
         objective = synchronise_batchnorm(objective, world.device)  # type: ignore[assignment]
-    objective.to(world.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    if settings.precision == "bf16":
-        _autocast_encoder(objective, world.device)
+    objective.to(world.device)
+    _set_encoder(objective.encoder, settings, world.device)
     if settings.compile:
         objective.encoder.compile()
     return objective
@@ -67,13 +66,16 @@ def build_optimiser(objective: Objective, settings: Optimiser, engine: EngineSet
     return timm.optim.create_optimizer_v2(objective, name, lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
 
 
-def _autocast_encoder(objective: Objective, device: torch.device) -> None:
-    """Only the encoder computes in bfloat16: heads and losses are small, and inner products need the bits."""
-    encoder = objective.encoder
+def _set_encoder(encoder: nn.Module, settings: EngineSettings, device: torch.device) -> None:
+    """Only the encoder computes in bfloat16: heads and losses are small, and inner products need the bits.
+
+    channels_last is a matter of the images: convolutions follow their input, and DeepSpeed refuses such weights.
+    """
     forward = encoder.forward
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
 
     def cast(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return forward(images).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            return forward(images.contiguous(memory_format=layout)).to(images.dtype)
 
     encoder.forward = cast

@@ -24,6 +24,7 @@ class DeepSpeedEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if world.device.type == "cpu":
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled for 80 s; gloo serves
+        self.optimiser = optimiser
         self.sharded = run.engine.zero_stage > 0
         config = {
             "train_batch_size": run.data.batch_size,
@@ -33,7 +34,8 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }
-        self.engine, self.optimiser, _, _ = deepspeed.initialize(model=objective, optimizer=optimiser, config=config)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists, also where no launcher set it
+        self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimiser, config=config)
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of this rank's rows."""
@@ -48,13 +50,11 @@ class DeepSpeedEngine:
         self.engine.step()
 
     def optimiser_state(self) -> dict[str, Any]:
-        """This rank's partition from stage 1. The loss scaler is left out: a pickled object, and constant without fp16."""
-        return {key: value for key, value in self.optimiser.state_dict().items() if key != "loss_scaler"}
+        """This rank's partition from stage 1; equal on all ranks before. Plain tensors: ZeRO's own state is pickled objects."""
+        return self.optimiser.state_dict()
 
     def load_optimiser_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `optimiser_state`, for the same number of ranks."""
-        if not self.sharded:
-            self.optimiser.load_state_dict(state)
-            return
-        state = state | {"loss_scaler": self.optimiser.loss_scaler}
-        self.optimiser.load_state_dict([state] * self.optimiser.partition_count[0])
+        """The inverse of `optimiser_state`, for the same number of ranks; the weights are loaded before."""
+        self.optimiser.load_state_dict(state)
+        if self.sharded:
+            self.engine.optimizer.refresh_fp32_params()

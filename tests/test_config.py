@@ -1,0 +1,74 @@
+"""Settings: recipes resolve, mistakes are named with what to write instead."""
+
+import pytest
+
+from trainer.config import Run, flatten, from_tree, load_run, recipes, to_tree
+from trainer.errors import UserError
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_resolves_and_survives_a_round_trip(recipe):
+    run = load_run(recipe)
+    assert from_tree(to_tree(run)) == run
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "stl10", "imagenet100"])
+def test_twins_differ_in_the_objective_alone(data):
+    care, twin = (flatten(to_tree(load_run(f"{name}_{data}"))) for name in ("care", "simclr"))
+    differing = {key for key in care.keys() | twin.keys() if care.get(key) != twin.get(key)} - {"recipe", "out"}
+    assert all(key.startswith("objective.") for key in differing)
+    base = {key.removeprefix("objective.base."): value for key, value in care.items() if key.startswith("objective.base.")}
+    assert base == {key.removeprefix("objective."): value for key, value in twin.items() if key.startswith("objective.")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"objective.wieght": 1}, "'weight'"),
+        ({"optimiser.rl": 1}, "'lr'"),
+        ({"optimizer.lr": 1}, "'optimiser'"),
+        ({"objective.base.temprature": 1}, "'temperature'"),
+        ({"objective.name": "cair"}, "'care'"),
+        ({"objective.views": "share"}, "'shared'"),
+        ({"engine.precision": "fp64"}, "fp32"),
+        ({"data.batch_size": 1}, "at least 2"),
+        ({"data.batch_size": 2.5}, "type int"),
+        ({"data.batch_size": True}, "type int"),
+        ({"optimiser.lr": "fast"}, "type float"),
+        ({"optimiser.lr": "nan"}, "type float"),
+        ({"augmentation.crop_scale": [0.2]}, "2 numbers"),
+        ({"augmentation.crop_scale": [0.2, 1.5]}, "between 0.0 and 1.0"),
+        ({"data": 3}, "section"),
+        ({"engine.compile": "yes"}, "type bool"),
+        ({"data.size.x": 1}, "type int"),
+        ({"model.args": 4}, "mapping"),
+    ],
+)
+def test_a_mistake_is_named_with_the_cure(overrides, told):
+    with pytest.raises(UserError, match=told.replace("(", r"\(")):
+        load_run("care_cifar10", overrides)
+
+
+def test_numbers_may_be_written_as_yaml_misreads_them(tmp_path):
+    (tmp_path / "mine.yaml").write_text("inherit: care_cifar10\noptimiser: {lr: 3e-4}\nschedule: {epochs: 5}\n")
+    run = load_run(str(tmp_path / "mine.yaml"), {"optimiser.weight_decay": "1e-6"})
+    assert (run.optimiser.lr, run.schedule.epochs, run.optimiser.weight_decay, run.out) == (3e-4, 5.0, 1e-6, "runs/mine")
+
+
+def test_choosing_another_objective_starts_its_settings_afresh():
+    run = load_run("care_cifar10", {"objective.name": "simclr", "objective.temperature": 0.3})
+    assert (run.objective.name, run.objective.temperature) == ("simclr", 0.3)
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"bad\.yaml is not YAML"):
+        load_run(str(tmp_path / "bad.yaml"))
+    with pytest.raises(UserError, match="care_cifar10"):
+        load_run("care_cifar_10")
+
+
+def test_settings_are_frozen():
+    with pytest.raises(AttributeError):
+        load_run("demo").seed = 1
+    assert isinstance(load_run("demo"), Run)
