@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainer.errors import UserError
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
-_function: Callable[..., Any]  # what a worker process does with each job
+_function: Callable[..., Any]  # of a worker process, inherited: only job numbers and results pass through a pipe
+_jobs: list[tuple]
 
 
 def run(title: str, workers: int | None, function: Callable[..., Any], jobs: list[tuple], images: list[int]) -> list[Any]:
@@ -24,8 +25,7 @@ def run(title: str, workers: int | None, function: Callable[..., Any], jobs: lis
     Args:
         title: stands before the bar.
         workers: number of processes, None for one per core; 1 works in this process.
-        function: may hold what cannot be pickled: the processes are forked.
-        jobs: the arguments of each call.
+        function, jobs: the function and the arguments of each call. Forked processes inherit both, however large.
         images: how many images each job is, for the bar.
 
     Returns: the results in the order of `jobs`.
@@ -50,8 +50,8 @@ def _here(workers: int, function: Callable[..., Any], jobs: list[tuple]) -> Iter
 
 
 def _forked(workers: int, function: Callable[..., Any], jobs: list[tuple]) -> Iterator[tuple[int, Any]]:
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("fork"), _begin_worker, (function, os.getpid()))
-    return _finished(pool, {pool.submit(_work, job): number for number, job in enumerate(jobs)})
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("fork"), _begin_worker, (function, jobs, os.getpid()))
+    return _finished(pool, {pool.submit(_work, number): number for number in range(len(jobs))})
 
 
 def _finished(pool: ProcessPoolExecutor, futures: dict[Future, int]) -> Iterator[tuple[int, Any]]:
@@ -66,14 +66,14 @@ def _finished(pool: ProcessPoolExecutor, futures: dict[Future, int]) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(function: Callable[..., Any], parent: int) -> None:
-    global _function
-    _function = function
+def _begin_worker(function: Callable[..., Any], jobs: list[tuple], parent: int) -> None:
+    global _function, _jobs
+    _function, _jobs = function, jobs
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: end quietly, the parent speaks
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the parent is killed
     if os.getppid() != parent:
         os._exit(1)
 
 
-def _work(job: tuple) -> Any:
-    return _function(*job)
+def _work(number: int) -> Any:
+    return _function(*_jobs[number])

@@ -24,7 +24,16 @@ from trainer.errors import UserError
 
 NAMES = ("cifar10", "cifar100", "stl10", "imagefolder", "synthetic")
 DALI_DECODES = ("jpg", "png", "webp")  # these are stored as they are
-KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff", "PPM": "ppm"}
+KINDS = {  # MPO: photographs with a second picture inside, opened as JPEG
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tiff",
+    "PPM": "ppm",
+}
 SUFFIXES = {"jpeg": "jpg", "tif": "tiff", "pgm": "ppm"} | {kind: kind for kind in KINDS.values()}
 ENCODINGS: dict[str, dict[str, Any]] = {
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -202,7 +211,7 @@ def decode(data: bytes, kind: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; what matters is raised
-            image = Image.open(io.BytesIO(data), formats=list(KINDS))
+            image = Image.open(io.BytesIO(data), formats=sorted(set(KINDS) - {"MPO"}))
             image.load()
     except UnidentifiedImageError:
         raise ValueError("not an image, or a corrupt one") from None
