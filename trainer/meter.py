@@ -99,7 +99,7 @@ class Meter:
 
     def _show(self, step: int, record: dict[str, float]) -> None:
         if self.world.rank == 0:
-            self._display = self._display or _Display(self.steps, step - len(self._pending))
+            self._display = self._display or _Display(self.steps, step - len(self._pending), self.batch_size)
             self._display.show(step, record)
 
     def diverged(self, step: int, what: str) -> None:
@@ -117,12 +117,12 @@ class Meter:
 class _Display:
     """A live bar on a terminal, else a line now and then."""
 
-    def __init__(self, steps: int, done: int) -> None:
+    def __init__(self, steps: int, done: int, batch_size: int) -> None:
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, TextColumn("{task.fields[text]}"))
         self.task = self.bar.add_task("train", total=steps, completed=done, text="")
         self.live = sys.stdout.isatty()
-        self.steps, self.done, self.began, self.last_line = steps, done, time.monotonic(), float("-inf")
+        self.steps, self.batch_size, self.last_line = steps, batch_size, float("-inf")
         if self.live:
             self.bar.start()
 
@@ -132,6 +132,6 @@ class _Display:
         self.bar.update(self.task, completed=step, text=text)
         now = time.monotonic()
         if not self.live and (now - self.last_line > LINE_EVERY_S or step == self.steps):
-            eta = (now - self.began) / max(1, step - self.done) * (self.steps - step)
+            eta = (self.steps - step) * self.batch_size / record["images_per_s"]
             print(f"step {step}/{self.steps} | {text} | ETA {eta:.0f} s", flush=True)
             self.last_line = now

@@ -1,0 +1,123 @@
+"""Real images, equal budget, several seeds: SimCLR, CARE with shared views, CARE with separate views.
+
+    python benchmarks/cifar10.py [--recipe care_cifar10_small] [--seeds 3] [--images 10000] [--data DIR]
+
+Prints the table and writes benchmarks/results/cifar10.md and .json. Interrupted, the same command continues.
+CIFAR-10 comes from --data (the official files), else from CARE_SHARED_DATA or ../shared/data.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from trainer.config import load_run
+from trainer.errors import UserError, exit_with_one_line
+from trainer.evaluation.evaluate import evaluate
+from trainer.loop import train
+from trainer.tracking import git_commit, read_metrics
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "runs" / "cifar10"
+METHODS = {
+    "SimCLR": {"objective.name": "simclr", "objective.temperature": 0.5, "objective.dim": 64},
+    "CARE, views shared": {"objective.views": "shared"},
+    "CARE, views separate": {"objective.views": "separate"},
+}
+MEASURES = ("knn", "linear", "wahba_so", "wahba_o", "l_inv", "unexplained", "gamma", "effective_rank")
+
+
+def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 10_000, data: str | None = None) -> None:
+    """Train and evaluate every method with every seed, and write the table.
+
+    Args:
+        recipe: a CARE recipe for CIFAR-10.
+        seeds: how many, from 0.
+        images: training images, at most 45,000.
+        data: folder with the official CIFAR-10 files.
+    """
+    shards = build_shards(data, images)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    for seed in range(seeds):
+        for name, overrides in METHODS.items():
+            results[name].append(run_one(recipe, name, seed, overrides, shards))
+            write_table(recipe, results, shards)
+
+
+def build_shards(data: str | None, images: int) -> Path:
+    """Shards of the first `images` training images, and of the whole validation and test splits."""
+    shards = WORK / f"shards-{images}"
+    if (shards / "train").exists():
+        return shards
+    if data is None:
+        shared = Path(os.environ.get("CARE_SHARED_DATA", ROOT.parent / "shared" / "data"))
+        if not shared.is_dir():
+            raise UserError(f"no folder {shared}", "CIFAR-10's official files", "Give --data DIR or set CARE_SHARED_DATA.")
+        data = str(WORK / "official")
+        subprocess.run([sys.executable, shared / "unpack_cifar10.py", shared / "cifar10", data], check=True)
+    make = [sys.executable, ROOT / "data_prep/make_shards.py", "--source", "cifar10", "--root", data, "--out", shards]
+    subprocess.run([*make, "--limit", str(images)], check=True)
+    return shards
+
+
+def run_one(recipe: str, name: str, seed: int, overrides: dict, shards: Path) -> dict[str, float]:
+    """Train, then evaluate on the test split; nothing is chosen by it."""
+    folder = WORK / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
+    fixed = {"seed": seed, "out": str(folder), "data.shards": str(shards), "engine.kind": "ddp", "tracking.uri": ""}
+    start = time.perf_counter()
+    if code := train(load_run(recipe, fixed | overrides)):
+        sys.exit(code)
+    trained = time.perf_counter() - start
+    out = folder / "evaluation"
+    done = out / "metrics.json"
+    measures = json.loads(done.read_text())["measures"] if done.exists() else evaluate(folder, shards, out)["measures"]
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train" and "images_per_s" in r]
+    print(f"{name}, seed {seed}: {trained:.0f} s", flush=True)
+    speed = statistics.median(record["images_per_s"] for record in records)
+    return {key: measures[key] for key in MEASURES} | {"images_per_s": speed}
+
+
+def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards: Path) -> None:
+    """Mean and standard deviation over seeds, as Markdown and JSON."""
+    run = load_run(recipe)
+    columns = (*MEASURES, "images_per_s")
+    seeds = len(results["SimCLR"])
+    lines = [
+        "# CIFAR-10, equal images, mean ± standard deviation over seeds",
+        "",
+        f"`python {' '.join(['benchmarks/cifar10.py', *sys.argv[1:]])}` on {os.cpu_count()} {platform.machine()} CPU cores, "
+        f"commit {git_commit()[:10]}, {time.strftime('%Y-%m-%d')}; no GPU.",
+        "",
+        f"{json.loads((shards / 'train' / 'manifest.json').read_text())['samples']:,} training images, {run.schedule.epochs:g} "
+        f"epochs, batch {run.data.batch_size}, {run.model.backbone} {run.model.args}, d = {run.objective.base.dim}, weight "
+        f"{run.objective.weight:g} on the pair mean, {run.objective.groups} groups, {seeds} seeds. kNN and linear: per cent of "
+        "the 10,000 test images; the geometry on 2,000 of them and 20 draws. Every method sees the same number of images; "
+        "separate views encode each four times, the others twice.",
+        "",
+        f"| | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for name, rows in results.items():
+        if rows:
+            cells = [_cell([row[column] for row in rows], column) for column in columns]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    out = ROOT / "benchmarks" / "results"
+    (out / "cifar10.md").write_text("\n".join(lines) + "\n")
+    (out / "cifar10.json").write_text(json.dumps(results, indent=1))
+    Console(width=200).print("\n".join(lines[7:]), markup=False)
+
+
+def _cell(values: list[float], column: str) -> str:
+    digits = 0 if column == "images_per_s" else 1 if column in ("knn", "linear", "effective_rank") else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    exit_with_one_line(benchmark)

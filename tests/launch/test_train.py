@@ -1,0 +1,66 @@
+"""The command: bad input is one line and a code, a dry run touches nothing, promises are checked."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runs import ROOT, command
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (("--nodes", "4"), "launcher started 1 node"),
+        (("--data.batch_size", "33"), "objective.groups"),
+        (("--data.shards", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("--model.backbone", "resnet81"), "'resnet18'"),
+        (("--optimiser.lear_rate", "1"), "lr"),
+        (("--engine.zero_stage", "2", "--optimiser.name", "lars"), "zero_stage"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(synthetic_shards: Path, tmp_path: Path, extra, told):
+    done = run(*command(synthetic_shards, tmp_path / "run", *extra))
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert told in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prices_the_run_and_touches_nothing(synthetic_shards, tmp_path):
+    done = run(*command(synthetic_shards, tmp_path / "run", "--dry_run"))
+    assert done.returncode == 0, done.stderr
+    for told in ("batch_size: 32", "1 rank(s)", "450", "42 (14 an epoch", "parameters", "GiB", "sent by a rank"):
+        assert told in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_estimates_of_a_dry_run_follow_from_the_model(monkeypatch):
+    import torch
+
+    from trainer.config import load_run
+    from trainer.objectives.objective import build_objective
+    from trainer.plan import estimate
+
+    run = load_run("care_cifar10")
+    parameters = sum(p.numel() for p in build_objective(run).parameters())
+    alone, four = estimate(run, 1), estimate(run, 4)
+    assert alone.parameters == parameters
+    assert (alone.encoded, alone.sent_bytes) == (4 * 256, 0)
+    embeddings = 256 * 2 * 128 * 4
+    assert four.sent_bytes == pytest.approx(0.75 * (8 * parameters + 3 * embeddings))
+    assert four.memory_bytes < alone.memory_bytes
+    assert torch.get_default_device().type == "cpu"
+
+
+def test_help_is_quick_and_complete():
+    done = run("-X", "importtime", "launch/train.py", "--help")
+    assert "--recipe" in done.stdout + done.stderr
+    assert not {" torch", " deepspeed", " mlflow"} & {line.rpartition("|")[2] for line in done.stderr.splitlines()}
