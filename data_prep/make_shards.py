@@ -2,6 +2,11 @@
 
 python data_prep/make_shards.py                                            # drawn images with known factors
 python data_prep/make_shards.py --source imagefolder --root DIR --out DIR
+
+An imagefolder is ROOT/train/CLASS/FILE with ROOT/test or ROOT/val beside it, as ImageNet, ImageNet-100 and Imagenette are
+published: unpack the archive and name its folder (`tar xf imagenette2-160.tgz`, then `--root imagenette2-160`). Without
+train/ it is ROOT/CLASS/FILE; files without a class folder are unlabelled. Files are stored as they are if jpg, png or webp;
+in a folder of several kinds the others are re-encoded to the kind of the majority.
 """
 
 import fcntl

@@ -51,7 +51,7 @@ def draw(seed: int, pool: int, numbers: np.ndarray, size: int) -> tuple[np.ndarr
 
     Returns: images uint8 [B, size, size, 3] and factors float64 [B, 6] in the order of FACTORS:
         hue of the shape in [0, 1), circular; orientation in turns, +-1/12 clockwise, never ambiguous; scale = radius over
-        image size, 0.2 to 0.4; x and y of the centre over image size; background = brightness of the ground, 0.1 to 0.9.
+        image size, 0.25 to 0.45; x and y of the centre over image size; background = brightness of the ground, 0.1 to 0.9.
     """
     unit = np.empty((len(numbers), 9))
     coarse = np.empty((len(numbers), 5, 5, 3), np.float32)
@@ -67,15 +67,15 @@ def draw(seed: int, pool: int, numbers: np.ndarray, size: int) -> tuple[np.ndarr
 
     ramp = np.clip(1 - abs(np.linspace(0, 4, size)[:, None] - np.arange(5)), 0, None).astype(np.float32)  # linear, [size, 5]
     texture = ramp @ np.einsum("wj,bijc->bciw", ramp, coarse)  # [B, 3, size, size]
-    ground = tint[:, None, None] + 0.12 * texture.transpose(0, 2, 3, 1)
+    ground = tint[:, None, None] + 0.08 * texture.transpose(0, 2, 3, 1)
     cover = _coverage(numbers % len(SHAPES), factors, size)[..., None]
-    image = ground + cover * (paint[:, None, None] - ground) + 0.06 * noise
+    image = ground + cover * (paint[:, None, None] - ground) + 0.04 * noise
     return (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8), factors
 
 
 def _factors(unit: np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1) to factors; the whole shape stays inside the image."""
-    scale = 0.2 + 0.2 * unit[:, 2]
+    scale = 0.25 + 0.2 * unit[:, 2]
     x, y = (scale + (1 - 2 * scale) * unit[:, i] for i in (3, 4))
     return np.stack([unit[:, 0], (unit[:, 1] - 0.5) / 6, scale, x, y, 0.1 + 0.8 * unit[:, 5]], 1)
 

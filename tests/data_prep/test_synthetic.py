@@ -71,5 +71,5 @@ def test_an_image_depends_on_its_number_alone() -> None:
 def test_factors_are_independent_and_fill_their_ranges() -> None:
     _, factors = synthetic.draw(0, 0, np.arange(4000), 8)
     assert abs(np.corrcoef(np.delete(factors, 2, 1).T) - np.eye(5)).max() < 0.06
-    np.testing.assert_allclose(factors.min(0), [0, -1 / 12, 0.2, 0.2, 0.2, 0.1], atol=0.012)
-    np.testing.assert_allclose(factors.max(0), [1, 1 / 12, 0.4, 0.8, 0.8, 0.9], atol=0.012)
+    np.testing.assert_allclose(factors.min(0), [0, -1 / 12, 0.25, 0.25, 0.25, 0.1], atol=0.012)
+    np.testing.assert_allclose(factors.max(0), [1, 1 / 12, 0.45, 0.75, 0.75, 0.9], atol=0.012)
