@@ -8,7 +8,11 @@
 # Run it where the relative paths of the settings start; that folder and this one must be shared by the nodes.
 #
 # Two minutes before the time limit Slurm sends SIGUSR1 to all ranks: they save and exit with 75, and the job goes back to the
-# queue to continue. `scancel JOB` lets the ranks save and ends it. `scancel --signal=USR1 JOB` saves and requeues now.
+# queue to continue. `scancel JOB` ends it: the ranks have Slurm's KillWait (30 s) to save. `scancel --signal=USR1 JOB` saves
+# and requeues now.
+#
+# Tests run it with stand-ins for Slurm's commands. It was tried by hand on Slurm 22.05, 2 nodes x 2 ranks without GPUs, with a
+# small training script: arguments, time limit, requeue, scancel, a killed rank. Not tried: real GPUs, other versions.
 #
 # The same file is what the job runs (`job`) and what each rank runs (`rank`), so that no argument passes through a string.
 set -euo pipefail

@@ -28,7 +28,7 @@ KEY_TAG = "care_trainer.key"
 
 POLL_S = 1.0  # between looks at the files
 LONGEST_DELAY_S = 60.0  # between attempts at a server that does not answer
-DRAIN_S = 15.0  # to send the rest after the run has ended; importing MLflow takes up to 6 of them
+DRAIN_S = 60.0  # to send the rest after the run has ended, while MLflow answers; two failures end it sooner
 REQUEST_S = 5  # for one answer of the server
 BATCH = 1000  # metrics a request, MLflow's limit
 

@@ -90,7 +90,11 @@ class Recorder:
         self._write_wanted()
 
     def close(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
-        """End the record. Waits at most `mlflow_mirror.DRAIN_S`; what MLflow lacks then, it gets at the next resume."""
+        """End the record, without fail.
+
+        Waits for MLflow to get the rest: about a second where it answers, about `2 * mlflow_mirror.REQUEST_S` where it
+        hangs, never longer than `mlflow_mirror.DRAIN_S`. What it lacks then, it gets at the next resume.
+        """
         try:
             self.wanted["status"] = status
             self._write_wanted()
