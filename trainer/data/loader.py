@@ -120,7 +120,7 @@ class Loader:
         line, _, checkpoint = state.partition(b"\n")
         try:
             header = json.loads(line)
-            then, self._iteration = header["of"], int(header["iteration"])
+            then, self._iteration = dict(header["of"]), int(header["iteration"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 "the loader's state is unreadable", f"what format {FORMAT} wrote", "Use an older checkpoint."
