@@ -6,10 +6,10 @@ The step is whole (forward, backward, optimiser) on images that are already ther
 question (data_path.py). The three take turns in every round, so that a slow moment of the machine hits all of them.
 """
 
-from json import dumps
 import platform
 import statistics
 import time
+from json import dumps
 from pathlib import Path
 
 import torch

@@ -1,6 +1,6 @@
 """Measure a checkpoint on held-out images: `python launch/evaluate.py --checkpoint C --shards DIR --out DIR`."""
 
-from trainer.errors import UserError, exit_with_one_line
+from trainer.errors import exit_with_one_line
 
 
 def main(
@@ -29,13 +29,8 @@ def main(
         seed: of draws, augmentations and the probe.
         device: cpu or cuda; by default cuda where there is one.
     """
-    import torch
-
     from trainer.evaluation.evaluate import evaluate
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device is {device}", "a device of this machine", "Use --device cpu.")
     result = evaluate(
         str(checkpoint),
         str(shards),

@@ -26,7 +26,7 @@ from trainer.engine.world import World
 from trainer.errors import STORAGE, UserError
 from trainer.objectives.objective import Objective, build_objective
 
-MANIFEST = "manifest.json"
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _UNFINISHED = ".unfinished-"  # prefix of a folder being written or deleted
 
 
@@ -77,7 +77,10 @@ class Checkpoints:
         rank = self.world.rank
         if self.saved == progress.step:
             return final
-        self._together(lambda: (shutil.rmtree(unfinished, ignore_errors=True), unfinished.mkdir(parents=True)), final, rank == 0)
+
+        def begin() -> None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
 
         def write() -> None:
             _write(unfinished / f"loader-{rank:05d}.bin", lambda path: path.write_bytes(loader))
@@ -86,17 +89,18 @@ class Checkpoints:
             if rank == 0:
                 state = {name: tensor.contiguous() for name, tensor in objective.state_dict().items()}
                 _write(unfinished / "model.safetensors", lambda path: safetensors.torch.save_file(state, path))
-                _write_json(unfinished / "settings.json", to_tree(self.run))
+                write_json(unfinished / "settings.json", to_tree(self.run))
 
         def finish() -> None:
             files = {path.name: _describe(path) for path in sorted(unfinished.iterdir())}
             manifest = {"format": 1, "version": __version__, "world_size": self.world.size, **vars(progress), "files": files}
-            _write_json(unfinished / MANIFEST, manifest)
+            write_json(unfinished / MANIFEST, manifest)
             _sync_folder(unfinished)
             shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one that the run was resumed behind
             unfinished.rename(final)
             _sync_folder(self.folder)
 
+        self._together(begin, final, rank == 0)
         self._together(write, final)
         self._together(finish, final, rank == 0)
         self.saved = progress.step
@@ -119,9 +123,8 @@ class Checkpoints:
         if path is not None:
             ranks = read_manifest(path)["world_size"]
             if ranks != self.world.size:
-                raise UserError(
-                    f"{path} was saved by {ranks} rank(s), this world has {self.world.size}", "the same number", f"Start {ranks} ranks."
-                )
+                found = f"{path} was saved by {ranks} rank(s), this world has {self.world.size}"
+                raise UserError(found, "the same number", f"Start {ranks} ranks.")
             self.saved = read_manifest(path)["step"]
         return path
 
@@ -182,7 +185,7 @@ def load_objective(path: Path | str) -> tuple[Objective, Run]:
         UserError: no checkpoint there, a damaged one, or weights of another model than its settings describe.
     """
     path = resolve(Path(path))
-    run = from_tree(_read_json(path / "settings.json"))
+    run = from_tree(_read_json(path / SETTINGS))
     objective = build_objective(run)
     load_weights(path, objective)
     return objective.eval(), run
@@ -197,14 +200,18 @@ def resolve(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         if folder.is_dir() and (newest := _newest_sound(folder)):
             return newest
-    raise UserError(f"no checkpoint in {path}", "a checkpoint or a run folder", "Train one: python launch/train.py --recipe demo.")
+    raise UserError(f"no checkpoint in {path}", "a checkpoint or a run folder", "Train one: launch/train.py --recipe demo.")
 
 
 def load_weights(path: Path, objective: Objective) -> None:
     """Load model.safetensors, every tensor or an error that names the first which does not fit."""
     state = safetensors.torch.load_file(path / "model.safetensors")
     own = objective.state_dict()
-    wrong = [name for name in own.keys() | state.keys() if name not in own or name not in state or own[name].shape != state[name].shape]
+    wrong = [
+        name
+        for name in own.keys() | state.keys()
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    ]
     if wrong:
         name = min(wrong)
         raise UserError(
@@ -217,21 +224,42 @@ def load_weights(path: Path, objective: Objective) -> None:
 
 
 def check_settings(folder: Path, run: Run) -> None:
-    """Refuse to continue a run under settings that would change its course; write them at the first start.
+    """Refuse to continue a run under settings that would change its course.
 
     Raises:
         UserError: naming every setting that differs.
     """
-    path = folder / "settings.json"
-    if not path.exists():
-        _write_json(path, to_tree(run))
-        return
-    before, now = flatten(_read_json(path)), flatten(to_tree(run))
+    if not (folder / "metrics.jsonl").exists():
+        return  # nothing began here
+    before, now = flatten(_read_json(folder / SETTINGS)), flatten(to_tree(run))
     free = tuple(f"{name}." for name in Run.free)
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not f"{k}.".startswith(free)]
     if changed:
         listing = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
-        raise UserError(f"{folder} holds a run with other settings: {listing}", "the same settings", "Give the new run a folder: --out DIR.")
+        raise UserError(
+            f"{folder} holds a run with other settings: {listing}", "the same settings", "Give the new run a folder: --out DIR."
+        )
+
+
+def open_folder(folder: Path, run: Run, world: World) -> None:
+    """Make the run's folder and write its settings, the first thing that a run writes.
+
+    Raises:
+        UserError: a folder that cannot be written, or that is not on storage which all ranks share.
+    """
+    if world.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / SETTINGS, to_tree(run))
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror})", "a writable folder", "Set --out to one."
+            ) from error
+    world.barrier()
+    if not (folder / SETTINGS).exists():
+        raise UserError(
+            f"rank {world.rank} does not see {folder}", "a folder on storage that all nodes share", "Set --out to one."
+        )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -246,9 +274,8 @@ def _newest_sound(folder: Path) -> Path | None:
             return path
         print(f"warning: checkpoint {path} is damaged ({damage}); falling back to the one before", file=sys.stderr, flush=True)
     if paths:
-        raise UserError(
-            f"all {len(paths)} checkpoints in {folder} are damaged", "a sound one", "Restore one, or give the run a new folder: --out DIR."
-        )
+        found = f"all {len(paths)} checkpoints in {folder} are damaged"
+        raise UserError(found, "a sound one", "Restore one, or give the run a new folder: --out DIR.")
     return None
 
 
@@ -274,7 +301,8 @@ def _write(path: Path, writer: Callable[[Path], Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
     unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
     _write(unfinished, lambda p: p.write_text(json.dumps(value, indent=1)))
     unfinished.rename(path)
@@ -284,7 +312,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})", "JSON that this program wrote", "Restore it or use another folder.") from error
+        raise UserError(
+            f"{path} cannot be read ({error})", "JSON that this program wrote", "Restore it or use another folder."
+        ) from error
     return dict(value)
 
 

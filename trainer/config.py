@@ -18,6 +18,7 @@ import yaml
 from trainer.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
+CHOICES = ("objective", "base")  # sections whose `name` decides which settings they hold
 
 
 def setting(default: Any, about: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -33,7 +34,7 @@ class Augmentation:
     """What one draw of the view distribution contains (CARE, app. of settings; SimCLR's family)."""
 
     crop_scale: tuple[float, float] = setting((0.2, 1.0), "area of the random crop, fraction of the image", low=0.0, high=1.0)
-    crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "aspect ratio of the random crop, width / height", low=0.1, high=10)
+    crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "width / height of the random crop", low=0.1, high=10)
     flip: float = setting(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
     jitter: float = setting(0.8, "probability of the colour jitter", low=0.0, high=1.0)
     brightness: float = setting(0.4, "brightness factor drawn from 1 +- this", low=0.0, high=1.0)
@@ -140,7 +141,15 @@ class Run:
     tracking: Tracking = setting(Tracking, "recording")
 
     # Settings that may change between a run and its continuation: they leave losses and weights as they are.
-    free: ClassVar[tuple[str, ...]] = ("out", "recipe", "data.shards", "data.threads", "engine.timeout_minutes", "checkpoint", "tracking")
+    free: ClassVar[tuple[str, ...]] = (
+        "out",
+        "recipe",
+        "data.shards",
+        "data.threads",
+        "engine.timeout_minutes",
+        "checkpoint",
+        "tracking",
+    )
 
 
 def load_run(recipe: str, overrides: dict[str, Any] | None = None) -> Run:
@@ -210,7 +219,9 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})", "a mapping of settings", "Correct it.") from error
+        raise UserError(
+            f"{path} is not YAML ({' '.join(str(error).split())})", "a mapping of settings", "Correct it."
+        ) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}", "a mapping of settings", "Correct it.")
     parent = tree.pop("inherit", None)
@@ -221,13 +232,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Over wins; a section whose `name` changes is a different thing and starts afresh."""
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        if not (isinstance(old, dict) and isinstance(value, dict)):
-            merged[key] = value
-        elif "name" in value and "name" in old and key in ("objective", "base") and value["name"] != old["name"]:
-            merged[key] = value
-        else:
-            merged[key] = _merge(old, value)
+        old: Any = merged.get(key)
+        nested = isinstance(old, dict) and isinstance(value, dict)
+        other = nested and key in CHOICES and value.get("name", old.get("name")) != old.get("name")
+        merged[key] = _merge(old, value) if nested and not other else value
     return merged
 
 
@@ -238,9 +246,13 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
-            where = f"{path}.{key}".lstrip(".")
-            raise UserError(f"unknown setting {where!r}", f"a key of {path or 'the run'}: {', '.join(fields)}", _nearest(key, fields))
-    values = {key: _convert(hints[key], value, f"{path}.{key}".lstrip("."), fields[key].metadata) for key, value in tree.items()}
+            where = f"{path}.{key}" if path else key
+            raise UserError(
+                f"unknown setting {where!r}", f"a key of {path or 'the run'}: {', '.join(fields)}", _nearest(key, fields)
+            )
+    values = {
+        key: _convert(hints[key], value, f"{path}.{key}".lstrip("."), fields[key].metadata) for key, value in tree.items()
+    }
     missing = [n for n, f in fields.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
     if missing:
         raise UserError(f"{path}.{missing[0]} is missing", "a value", f"Set {path}.{missing[0]}.")
@@ -270,7 +282,9 @@ def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any
         return dict(value)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise UserError(f"{path} is {value!r}", f"{len(args)} numbers", f"Write {path}: [{', '.join(['0.5'] * len(args))}].")
+            raise UserError(
+                f"{path} is {value!r}", f"{len(args)} numbers", f"Write {path}: [{', '.join(['0.5'] * len(args))}]."
+            )
         return tuple(_convert(a, v, path, metadata) for a, v in zip(args, value, strict=True))
     return _in_range(_scalar(hint, value, path), path, metadata)
 

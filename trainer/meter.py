@@ -127,8 +127,10 @@ class _Display:
             self.bar.start()
 
     def show(self, step: int, record: dict[str, float]) -> None:
-        terms = " ".join(f"{name.removeprefix('terms/')} {record[name]:.4f}" for name in record if name == "loss" or "/" in name)
-        text = f"{terms} | {record['images_per_s']:.0f} img/s, {record['data_wait']:.0%} waiting for data, rank {record['effective_rank']:.1f}"
+        losses = {name.removeprefix("terms/"): value for name, value in record.items() if name == "loss" or "terms/" in name}
+        terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        waiting, rank = f"{record['data_wait']:.0%} waiting for data", f"rank {record['effective_rank']:.1f}"
+        text = f"{terms} | {record['images_per_s']:.0f} img/s, {waiting}, {rank}"
         self.bar.update(self.task, completed=step, text=text)
         now = time.monotonic()
         if not self.live and (now - self.last_line > LINE_EVERY_S or step == self.steps):

@@ -52,7 +52,9 @@ def estimate(run: Run, ranks: int) -> Cost:
     width = 2 if run.engine.precision == "bf16" else 4
     shards = ranks if run.engine.zero_stage else 1
     gradients = ranks if run.engine.zero_stage == 2 else 1
-    state = 4 * parameters * (1 + 1 / gradients + STATES[run.optimiser.name] / shards) + (4 * parameters / shards if shards > 1 else 0)
+    state = 4 * parameters * (1 + 1 / gradients + STATES[run.optimiser.name] / shards) + (
+        4 * parameters / shards if shards > 1 else 0
+    )
     ring = (ranks - 1) / ranks
     embeddings = 2 * run.data.batch_size * _embedding_dim(objective, run.data.size) * 4
     # An all-reduce sends everything twice; gathered embeddings go once forward, and their gradients are all-reduced.

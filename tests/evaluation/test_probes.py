@@ -106,12 +106,6 @@ def test_features_do_not_depend_on_the_order_or_the_batch_and_come_sorted():
     torch.testing.assert_close(straight.values["image"][0], straight.values["two"][0])
 
 
-def test_extraction_stops_at_its_limit():
-    features = extract(Tiny(), batches(range(10)), limit=5)
-    assert features.index.tolist() == [0, 1, 2, 3, 4]
-    assert features.values["two"].shape == (2, 5, 6)
-
-
 def test_two_ranks_gather_what_one_rank_extracts(tmp_path):
     mp.spawn(_one_of_two_ranks, args=(f"file://{tmp_path}/store",), nprocs=2)
 

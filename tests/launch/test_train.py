@@ -6,32 +6,42 @@ from pathlib import Path
 
 import pytest
 
-from runs import ROOT, command
+from runs import ROOT, SMALL, command
+from trainer.errors import UserError
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def test_bad_input_is_one_line_and_a_code(synthetic_shards: Path, tmp_path: Path):
+    done = run(*command(synthetic_shards, tmp_path / "run", "--nodes", "4"))
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert lines[0].startswith("error: --nodes 4 was promised, but the launcher started 1 node")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("settings", "told"),
     [
-        (("--nodes", "4"), "launcher started 1 node"),
-        (("--data.batch_size", "33"), "objective.groups"),
-        (("--data.shards", "/nowhere/at/all"), "/nowhere/at/all"),
-        (("--model.backbone", "resnet81"), "'resnet18'"),
-        (("--optimiser.lear_rate", "1"), "lr"),
-        (("--engine.zero_stage", "2", "--optimiser.name", "lars"), "zero_stage"),
+        ({"data.batch_size": 33}, "objective.groups"),
+        ({"data.batch_size": 512}, "holds 450 samples"),
+        ({"data.shards": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"model.backbone": "resnet81"}, "'resnet18'"),
+        ({"model.args": {"depth_of_field": 3}}, "model.args"),
+        ({"optimiser.lear_rate": 1}, "lr"),
+        ({"engine.zero_stage": 2, "optimiser.name": "lars"}, "zero_stage"),
+        ({"objective.base.name": "care"}, "base"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(synthetic_shards: Path, tmp_path: Path, extra, told):
-    done = run(*command(synthetic_shards, tmp_path / "run", *extra))
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    assert told in lines[0]
-    assert not (tmp_path / "run").exists()
+def test_bad_settings_are_told_before_anything_is_written(synthetic_shards: Path, tmp_path: Path, settings, told):
+    from launch.train import train
+
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=told):
+        train("demo", **(SMALL | {"data.shards": str(synthetic_shards), "out": str(out)} | settings))
+    assert not out.exists()
 
 
 def test_a_dry_run_prices_the_run_and_touches_nothing(synthetic_shards, tmp_path):
@@ -42,7 +52,7 @@ def test_a_dry_run_prices_the_run_and_touches_nothing(synthetic_shards, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_the_estimates_of_a_dry_run_follow_from_the_model(monkeypatch):
+def test_the_estimates_of_a_dry_run_follow_from_the_model():
     import torch
 
     from trainer.config import load_run

@@ -37,7 +37,9 @@ def test_value_and_gradient_follow_the_definition(groups, size, d, seed):
 def test_float32_loses_nothing_to_cancellation_where_views_nearly_agree():
     z1 = embeddings(64, 32, 0)
     z2 = normalize(z1 + 1e-4 * embeddings(64, 32, 1))
-    assert gram_equivariance(z1.float(), z2.float(), 4).item() == pytest.approx(definition(z1.float().double(), z2.float().double(), 4), rel=1e-3)
+    assert gram_equivariance(z1.float(), z2.float(), 4).item() == pytest.approx(
+        definition(z1.float().double(), z2.float().double(), 4), rel=1e-3
+    )
 
 
 def test_zero_exactly_when_every_group_is_turned_by_an_orthogonal_map_of_its_own():
@@ -51,7 +53,9 @@ def test_zero_exactly_when_every_group_is_turned_by_an_orthogonal_map_of_its_own
 def test_zero_loss_implies_an_orthogonal_map():
     """Minimise the loss from a random start: the result must be related by an orthogonal map, found here by SVD."""
     z1, raw = embeddings(12, 4, 0), embeddings(12, 4, 1).requires_grad_()
-    optimiser = torch.optim.LBFGS([raw], max_iter=500, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [raw], max_iter=500, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimiser.zero_grad()

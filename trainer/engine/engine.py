@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
-import timm.optim
 import torch
+from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
 from trainer.config import Engine as EngineSettings
@@ -24,11 +24,20 @@ class Engine(Protocol):
 
     sharded: bool
 
-    def forward(self, batch: Batch) -> Loss: ...
-    def backward(self, total: Tensor) -> None: ...
-    def step(self) -> None: ...
-    def optimiser_state(self) -> dict[str, Any]: ...
-    def load_optimiser_state(self, state: dict[str, Any]) -> None: ...
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of this rank's rows."""
+
+    def backward(self, total: Tensor) -> None:
+        """Gradients, averaged over ranks."""
+
+    def step(self) -> None:
+        """Clip, update, forget the gradients."""
+
+    def optimiser_state(self) -> dict[str, Any]:
+        """Plain tensors and numbers: this rank's own where `sharded`, else equal on all ranks."""
+
+    def load_optimiser_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `optimiser_state`, for the same number of ranks; the weights are loaded before."""
 
 
 def build_engine(run: Run, objective: Objective, optimiser: torch.optim.Optimizer, world: World) -> Engine:
@@ -61,9 +70,9 @@ def build_optimiser(objective: Objective, settings: Optimiser, engine: EngineSet
             "whole tensors, whose norms LARS needs and ZeRO's flat partitions do not have",
             "Use --engine.zero_stage 0.",
         )
-    momentum = {"momentum": settings.momentum} if settings.name in ("sgd", "lars") else {}
+    momentum: dict[str, Any] = {"momentum": settings.momentum} if settings.name in ("sgd", "lars") else {}
     name = {"sgd": "momentum"}.get(settings.name, settings.name)  # timm's "sgd" is Nesterov's
-    return timm.optim.create_optimizer_v2(objective, name, lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
+    return create_optimizer_v2(objective, name, lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
 
 
 def _set_encoder(encoder: nn.Module, settings: EngineSettings, device: torch.device) -> None:

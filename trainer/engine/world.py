@@ -75,7 +75,7 @@ def check_nodes(world: World, expected: int | None) -> None:
         raise UserError(
             f"--nodes {expected} was promised, but the launcher started {world.nodes} node(s) with {world.size} rank(s)",
             f"{expected} node(s)",
-            "Start with hosts: deepspeed --hostfile HOSTS launch/train.py --nodes N; or torchrun --nnodes N; or launch/slurm.sh.",
+            "Name the hosts: deepspeed --hostfile HOSTS launch/train.py --nodes N, torchrun --nnodes N, or launch/slurm.sh.",
         )
 
 
@@ -92,15 +92,14 @@ def join(world: World, *, expected_nodes: int | None, timeout_minutes: float) ->
     check_nodes(world, expected_nodes)
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {world.local_rank} finds {torch.cuda.device_count()} GPU(s)", "one GPU per rank", "Start fewer ranks."
-            )
+            found = f"local rank {world.local_rank} finds {torch.cuda.device_count()} GPU(s)"
+            raise UserError(found, "one GPU per rank", "Start fewer ranks.")
         torch.cuda.set_device(world.device)
     if dist.is_initialized():
         return
     wait = datetime.timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    store = dist.HashStore() if world.size == 1 else None  # alone: no port is opened
+    store = torch._C._distributed_c10d.HashStore() if world.size == 1 else None  # alone: no port is opened
     try:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=wait, store=store)
     except (dist.DistError, RuntimeError, ValueError) as error:
@@ -108,7 +107,7 @@ def join(world: World, *, expected_nodes: int | None, timeout_minutes: float) ->
         raise UserError(
             f"rank {world.rank} of {world.size} met nobody at {address} ({str(error).splitlines()[0]})",
             f"all ranks within {timeout_minutes:g} minutes",
-            "Check that MASTER_ADDR is reachable from every node and set GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to its network.",
+            "Check that MASTER_ADDR can be reached from every node; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.",
         ) from error
 
 
@@ -138,14 +137,14 @@ class _GatherRows(torch.autograd.Function):
     """A row is used by the losses of all ranks, so its gradient is the sum over ranks."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(everyone, x.contiguous())
         ctx.rows = local_rows(len(x))
         return everyone
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient[ctx.rows]

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from trainer.checkpoint import load_objective, read_manifest, resolve
 from trainer.config import Run
 from trainer.data.loader import Loader
 from trainer.data.shards import ShardFolder
-from trainer.data.views import Batch, ViewSpec
+from trainer.data.views import ViewSpec
 from trainer.errors import UserError
 from trainer.evaluation import figures
 from trainer.evaluation.features import Features, extract
@@ -56,7 +56,7 @@ def evaluate(
     passes: int = 4,
     batch_size: int = 256,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "",
 ) -> dict[str, Any]:
     """Measure a checkpoint and write metrics.json, draws.json, angles.png and views.png into `out`.
 
@@ -70,7 +70,7 @@ def evaluate(
         passes: light augmentations of the training images that the linear probe sees.
         batch_size: images encoded at a time.
         seed: of draws, augmentations and the probe.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; empty: cuda where there is one.
 
     Returns: what metrics.json holds.
 
@@ -82,6 +82,9 @@ def evaluate(
     for name, value in {"images": images, "draws": draws, "passes": passes, "batch_size": batch_size}.items():
         if not isinstance(value, int) or value < 1:
             raise UserError(f"--{name} is {value}", "a whole number from 1", "Correct it.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device is {device}", "a device of this machine", "Use --device cpu.")
     train, held_out = (ShardFolder.open(Path(shards) / name) for name in ("train", split))
     if min(images, held_out.samples) < BLOCKS * ROWS:
         raise UserError(f"{min(images, held_out.samples)} {split} images", f"{BLOCKS * ROWS} or more", "Use more.")
@@ -153,7 +156,7 @@ class Bench:
         moved = ViewSpec("moved", draws, self.run.data.size, self.run.augmentation, shared_by="dataset")
         about = f"{draws} transformations of {min(images, held_out.samples):,} {held_out.split} images"
         features = self._extract(held_out, MOVED_BATCH, [self._plain, moved], about, "embedding", images)
-        source, targets = features.values["plain"][0], features.values["moved"]
+        source, targets = features.values["plain"][0, :images], features.values["moved"][:, :images]
         turned = [torch.histc(cosines(source, target), figures.BINS, -1, 1).int().tolist() for target in targets]
         return measure_motion(source, targets), turned, source
 
@@ -170,19 +173,14 @@ class Bench:
         return ViewSpec("plain", 1, self.run.data.size, None)
 
     def _extract(
-        self,
-        folder: ShardFolder,
-        batch_size: int,
-        views: list[ViewSpec],
-        about: str,
-        part: str = "full",
-        limit: int | None = None,
+        self, folder: ShardFolder, batch_size: int, views: list[ViewSpec], about: str, part: str = "full", limit: int = 10**9
     ) -> Features:
+        """Features of the batches that hold the first `limit` images."""
         from rich.progress import track
 
-        total = -(-min(limit or folder.samples, folder.samples) // batch_size)
-        batches: Iterable[Batch] = track(self._load(folder, batch_size, views), f"  {about}", total)
-        return extract(self.objective, batches, part, limit)
+        total = -(-min(limit, folder.samples) // batch_size)
+        batches = islice(self._load(folder, batch_size, views), total)
+        return extract(self.objective, track(batches, f"  {about}", total), part)
 
     def _load(self, folder: ShardFolder, batch_size: int, views: list[ViewSpec]) -> Loader:
         data = self.run.data

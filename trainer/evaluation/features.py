@@ -1,6 +1,5 @@
 """Features of a split: what the frozen encoder makes of every image, over all ranks, in the order of the split."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def extract(objective: Objective, batches: Iterable[Batch], part: str = "full", limit: int | None = None) -> Features:
+def extract(objective: Objective, batches: Iterable[Batch], part: str = "full") -> Features:
     """Encode every view of every image.
 
     Args:
@@ -51,22 +50,17 @@ def extract(objective: Objective, batches: Iterable[Batch], part: str = "full", 
         batches: one pass over a split, or over this rank's part of it; then every rank calls and gets the whole.
         part: "embedding" for the unit-norm vectors that the objective shapes, else a part of `represent`: "full"
             for the backbone's features.
-        limit: stop after this many images on each rank.
 
     Returns: the features, float32 whatever the precision of training was.
     """
     chunks: list[Features] = []
-    left = sys.maxsize if limit is None else limit
     with frozen(objective):
         for batch in batches:
             values = {
-                name: torch.stack([_encode(objective, view[:left], part).float().cpu() for view in images])
+                name: torch.stack([_encode(objective, view, part).float().cpu() for view in images])
                 for name, images in batch.views.items()
             }
-            chunks.append(Features(values, batch.label[:left].cpu(), batch.index[:left].cpu()))
-            left -= len(chunks[-1].index)
-            if left == 0:
-                break
+            chunks.append(Features(values, batch.label.cpu(), batch.index.cpu()))
     chunks = _of_all_ranks(chunks)
     index, order = np.unique(torch.cat([chunk.index for chunk in chunks]).numpy(), return_index=True)
     values = {name: torch.cat([chunk.values[name] for chunk in chunks], dim=1)[:, order] for name in chunks[0].values}

@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "care",
 }
-BINS = 80  # of the histogram of cosines, over [-1, 1]
+BINS = 60  # of the histogram of cosines, over [-1, 1]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,26 +65,25 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 @styled
 def angle_histogram(cosines: Mapping[str, Sequence[Sequence[int]]]) -> "Figure":
-    """How far each transformation turns the images (CARE, S^1 encoder): one panel a model, one line a transformation.
+    """How far each transformation turns the images (CARE, S^1 encoder): a panel a model, a ridge a transformation.
 
     Args:
         cosines: model -> counts [draws, BINS] of cos angle(f(x), f(a x)) over [-1, 1].
     """
-    figure, panels = _panels(len(cosines), 1, (5.2, 1.0 + 1.35 * len(cosines)))
-    edges, highest = np.linspace(-1, 1, BINS + 1), 0.0
-    occupied = np.flatnonzero(sum(np.sum(counts, axis=0) for counts in cosines.values()))
-    for axes, (model, counts) in zip(panels, cosines.items(), strict=True):
-        for line in counts:
-            share = 100 * np.asarray(line) / max(sum(line), 1)
-            axes.stairs(share, edges, color=COLOURS.get(model, COLOURS["care"]), alpha=0.55, linewidth=1.0)
-            highest = max(highest, share.max())
-        axes.set_title(NAMES.get(model, model))
-    for axes in panels:
-        axes.set(xlim=(edges[max(occupied[0] - 2, 0)], 1.01), ylim=(0, 1.05 * highest))
-        axes.set_ylabel(f"images, % per {2 / BINS:g}")
-    panels[-1].set_xlabel("cosine of the angle between f(x) and f(a x)")
-    for axes in panels[:-1]:
-        axes.tick_params(labelbottom=False)
+    figure, panels = _panels(1, len(cosines), (5.2, 3.6))
+    centres = np.linspace(-1, 1, 2 * BINS + 1)[1::2]
+    shares = {model: np.array(counts) / np.sum(counts, axis=1, keepdims=True) for model, counts in cosines.items()}
+    left = min(centres[share.sum(axis=0).nonzero()[0][0]] for share in shares.values())
+    tallest = max(share.max() for share in shares.values())
+    for axes, (model, share) in zip(panels, shares.items(), strict=True):
+        order = np.argsort(share @ centres)
+        for level, ridge in enumerate(share[order]):
+            top = level + 3.2 * ridge / tallest
+            colour = COLOURS.get(model, COLOURS["care"])
+            axes.fill_between(centres, level, top, color=colour, alpha=0.45, linewidth=0, zorder=-level)
+            axes.plot(centres, top, color=colour, linewidth=0.9, zorder=-level)
+        axes.set(title=NAMES.get(model, model), xlim=(left, 1), xlabel="cosine of the angle", yticks=[])
+    panels[0].set_ylabel("transformations, strongest first from below")
     return figure
 
 

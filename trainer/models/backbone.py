@@ -1,6 +1,7 @@
 """Backbones: any timm model without its classifier, with a CIFAR stem where images are small."""
 
 import difflib
+from typing import Any
 
 import timm
 from torch import nn
@@ -11,7 +12,7 @@ from trainer.errors import UserError
 SMALL = 64  # pixels: below this a stride-2 stem with max-pool throws most of the image away
 
 
-def build_backbone(settings: Model, size: int) -> nn.Module:
+def build_backbone(settings: Model, size: int) -> Any:
     """Create a timm model that maps [N, 3, size, size] to features [N, model.num_features].
 
     Raises:
@@ -23,13 +24,15 @@ def build_backbone(settings: Model, size: int) -> nn.Module:
     if settings.backbone.startswith(("vit", "deit")):
         arguments = {"img_size": size, **arguments}
     try:
-        model = timm.create_model(settings.backbone, num_classes=0, **arguments)
+        model: Any = timm.create_model(settings.backbone, num_classes=0, **arguments)
     except RuntimeError as error:
         near = difflib.get_close_matches(settings.backbone, timm.list_models(), n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "See timm.list_models()."
         raise UserError(f"model.backbone is {settings.backbone!r} ({error})", "the name of a timm model", hint) from error
     except TypeError as error:
-        raise UserError(f"model.args is {settings.args} ({error})", f"arguments of {settings.backbone}", "Correct them.") from error
+        raise UserError(
+            f"model.args is {settings.args} ({error})", f"arguments of {settings.backbone}", "Correct them."
+        ) from error
     resnet = hasattr(model, "conv1") and hasattr(model, "maxpool")
     if settings.stem == "small" and not resnet:
         raise UserError(f"model.stem is 'small' for {settings.backbone}", "a ResNet", "Use --model.stem standard.")

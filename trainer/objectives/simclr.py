@@ -1,8 +1,9 @@
 """SimCLR: the two views of an image are told from all other views of the batch."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.config import Augmentation, setting
@@ -26,7 +27,7 @@ class SimCLR(Objective):
         hidden: int = setting(512, "width of the projector", low=1)
         dim: int = setting(128, "dimension d of the embedding", low=2)
 
-    def __init__(self, backbone: nn.Module, settings: Settings, augmentation: Augmentation, size: int) -> None:
+    def __init__(self, backbone: Any, settings: Settings, augmentation: Augmentation, size: int) -> None:
         super().__init__(backbone, settings, augmentation, size)
         self.projector = projector(backbone.num_features, settings.hidden, settings.dim)
 
