@@ -89,21 +89,19 @@ def prepare(run: Run, world: World) -> Trainer:
     checkpoints = Checkpoints(folder / "checkpoints", run, world, run.checkpoint.keep)
     newest = checkpoints.newest()
     loader = _loader(run, shards, objective.views(), world, rows, state=checkpoints.loader_state(newest) if newest else None)
+    steps = max(1, math.ceil(run.schedule.epochs * loader.steps_per_epoch))
+    schedule = build_schedule(run.schedule, optimiser, steps, loader.steps_per_epoch)  # before a saved rate is loaded
     engine = build_engine(run, objective, optimiser, world)
     progress = checkpoints.load(newest, objective, engine) if newest else Progress()
     open_folder(folder, run, world)
     checkpoints.clean()
-    steps = max(1, math.ceil(run.schedule.epochs * loader.steps_per_epoch))
-    schedule = build_schedule(run.schedule, optimiser, steps, loader.steps_per_epoch)
     recorder = None
     if world.rank == 0:
         tags = {"git_commit": git_commit(), "version": __version__, "world_size": str(world.size), "nodes": str(world.nodes)}
         recorder = Recorder(folder, run.tracking, flatten(to_tree(run)), tags)
     meter = Meter(world, recorder, steps, loader.steps_per_epoch, run.data.batch_size, last_good=str(newest or "none"))
-    start = f"continuing {newest}" if newest else "starting"
-    world.say(
-        f"{run.recipe}: {start}; {steps} steps of {run.data.batch_size} images on {world.size} rank(s), {world.nodes} node(s)"
-    )
+    start, where = f"continuing {newest}" if newest else "starting", f"{world.size} rank(s), {world.nodes} node(s)"
+    world.say(f"{run.recipe}: {start}; {steps} steps of {run.data.batch_size} images on {where}")
     return Trainer(run, world, loader, objective, optimiser, engine, schedule, checkpoints, progress, meter, steps)
 
 

@@ -31,10 +31,10 @@ METRICS, DRAWS = "metrics.json", "draws.json"
 DEFINITIONS = {
     "knn": "Accuracy of the 20 nearest training images voting by similarity, per cent.",
     "linear": "Accuracy of a linear classifier on the frozen features, per cent.",
-    "wahba_so": "What is left of the displacement, root mean square, after the best rotation of each transformation.",
+    "wahba_so": "W: what is left of the displacement, root mean square, after the best rotation for each transformation.",
     "wahba_o": "The same, reflections allowed.",
-    "l_inv": "How far a transformation moves an embedding, root mean square on the unit sphere; 0 is invariance.",
-    "unexplained": "wahba_so / l_inv: share of the displacement that no rotation explains; 1 means rotations explain nothing.",
+    "l_inv": "L: how far a transformation moves an embedding, root mean square on the unit sphere; 0 is invariance.",
+    "unexplained": "W / L: share of the displacement that no rotation explains; 1 means rotations explain nothing.",
     "gamma": "Change of the distances between embeddings under a transformation, relative to how far it moves them.",
     "effective_rank": "Dimensions that the embedding uses.",
     "angle_std": "Spread over images of the cosine by which one transformation turns them.",
@@ -221,9 +221,9 @@ def _factor(folder: ShardFolder, features: Features, name: str) -> tuple[Tensor,
 
 def _recovery_definition(measure: str) -> str:
     name = measure.removesuffix("_r2")
-    circle = ", as a point on the circle" if name in CIRCULAR else ""
+    circle = ", as a point of the circle" if name in CIRCULAR else ""
     unseen = f"; without {' and '.join(UNSEEN[name])}, which do not show it" if name in UNSEEN else ""
-    return f"R² of {name} read linearly from the frozen features of unseen images{circle}{unseen}; 1 is perfect."
+    return f"R² of {name} read linearly from the frozen features of unseen images{circle}{unseen}."
 
 
 def _notes(measures: dict[str, float], embedding: Tensor) -> list[str]:

@@ -74,16 +74,16 @@ def angle_histogram(cosines: Mapping[str, Sequence[Sequence[int]]]) -> "Figure":
     centres = np.linspace(-1, 1, 2 * BINS + 1)[1::2]
     shares = {model: np.array(counts) / np.sum(counts, axis=1, keepdims=True) for model, counts in cosines.items()}
     left = min(centres[share.sum(axis=0).nonzero()[0][0]] for share in shares.values())
-    tallest = max(share.max() for share in shares.values())
     for axes, (model, share) in zip(panels, shares.items(), strict=True):
         order = np.argsort(share @ centres)
         for level, ridge in enumerate(share[order]):
-            top = level + 3.2 * ridge / tallest
+            top = level + 3 * ridge / share.max()
             colour = COLOURS.get(model, COLOURS["care"])
             axes.fill_between(centres, level, top, color=colour, alpha=0.45, linewidth=0, zorder=-level)
             axes.plot(centres, top, color=colour, linewidth=0.9, zorder=-level)
-        axes.set(title=NAMES.get(model, model), xlim=(left, 1), xlabel="cosine of the angle", yticks=[])
-    panels[0].set_ylabel("transformations, strongest first from below")
+        axes.set(title=NAMES.get(model, model), xlim=(left, 1), ylim=(-0.5, len(share) + 3), yticks=[])
+        axes.set_xlabel("cosine of the angle")
+    panels[0].set_ylabel("transformations, the strongest below")
     return figure
 
 
@@ -95,7 +95,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], across:
         lines: model -> (x, y).
         across, up: labels of the axes, with units.
     """
-    figure, (axes,) = _panels(1, 1, (5.2, 2.9))
+    figure, (axes,) = _panels(1, 1, (3.5, 2.4))
     for model, (x, y) in lines.items():
         axes.plot(x, y, color=COLOURS.get(model, COLOURS["care"]), label=NAMES.get(model, model))
     axes.set(xlabel=across, ylabel=up)

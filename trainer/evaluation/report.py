@@ -36,6 +36,7 @@ CURVES = {  # key of a record -> title and unit
     "effective_rank": ("Effective rank in training", "dimensions"),
 }
 SHARED = ("model.backbone", "data.size", "data.batch_size", "schedule.epochs", "optimiser.name", "optimiser.lr", "seed")
+MARGIN = 0.02  # below which two values that are no accuracies count as equal
 POINTS = 120  # of a curve: it shows means over as many equal stretches of the run
 
 
@@ -108,7 +109,7 @@ def headline(simclr: Mapping[str, float], care: Mapping[str, float], tested: int
         verdict = f"no difference that {tested:,} images can show"
     else:
         verdict = f"{abs(difference):.1f} points {'more' if difference > 0 else 'less'}"
-    return f"{gamma}; {share}. kNN accuracy is {care['knn']:.1f} % against {simclr['knn']:.1f} %: {verdict}."
+    return f"{gamma}; {share}. kNN accuracy is {care['knn']:.1f}\xa0% against {simclr['knn']:.1f}\xa0%: {verdict}."
 
 
 def accuracy_noise(first: float, second: float, tested: int) -> float:
@@ -143,9 +144,10 @@ def _table(measures: Mapping[str, Mapping[str, float]], results: Mapping[str, An
 def _better(key: str, values: list[float | None], better: str, tested: int) -> int | None:
     """Which of two values is better; None where neither is, as far as the images can tell."""
     first, second = values
-    if not better or first is None or second is None or first == second:
+    if not better or first is None or second is None:
         return None
-    if key in ("knn", "linear") and abs(first - second) <= accuracy_noise(first, second, tested):
+    margin = accuracy_noise(first, second, tested) if key in ("knn", "linear") else MARGIN
+    if abs(first - second) <= margin:
         return None
     return int((second > first) == (better == "↑"))
 
