@@ -70,7 +70,7 @@ def angle_histogram(cosines: Mapping[str, Sequence[Sequence[int]]]) -> "Figure":
     Args:
         cosines: model -> counts [draws, BINS] of cos angle(f(x), f(a x)) over [-1, 1].
     """
-    figure, panels = _panels(1, len(cosines), (5.2, 3.6))
+    figure, panels = _panels(1, len(cosines), (4.4, 3.4))
     centres = np.linspace(-1, 1, 2 * BINS + 1)[1::2]
     shares = {model: np.array(counts) / np.sum(counts, axis=1, keepdims=True) for model, counts in cosines.items()}
     left = min(centres[share.sum(axis=0).nonzero()[0][0]] for share in shares.values())

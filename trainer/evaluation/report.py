@@ -28,11 +28,11 @@ TABLE = {  # measure -> its name, and where the better values lie; neither for w
     "wahba_o": ("Wahba error over rotations and reflections", ""),
     "l_inv": ("Displacement L", ""),
     "effective_rank": ("Effective rank", "↑"),
-    "hue_r2": ("Hue recovered", "↑"),
+    "hue_r2": ("Recovered: hue", "↑"),
 }
 CURVES = {  # key of a record -> title and unit
     "terms/contrastive": ("Contrastive loss", "nats"),
-    "terms/equivariance": ("Equivariance term", "squared change of an inner product"),
+    "terms/equivariance": ("Equivariance term", "mean squared change"),
     "effective_rank": ("Effective rank in training", "dimensions"),
 }
 SHARED = ("model.backbone", "data.size", "data.batch_size", "schedule.epochs", "optimiser.name", "optimiser.lr", "seed")
@@ -127,7 +127,7 @@ def _tested(results: Mapping[str, Any]) -> int:
 def _table(measures: Mapping[str, Mapping[str, float]], results: Mapping[str, Any]) -> str:
     """Rows of the table, the better value marked where there is a better one."""
     definitions = results["care"]["definitions"]
-    factors = {name: (f"{name.removesuffix('_r2').title()} recovered", "↑") for name in definitions if name.endswith("_r2")}
+    factors = {name: (f"Recovered: {name.removesuffix('_r2')}", "↑") for name in definitions if name.endswith("_r2")}
     rows = []
     for key, (name, better) in ({k: v for k, v in TABLE.items() if k not in factors} | factors).items():
         values = [measures[model].get(key) for model in NAMES]
@@ -157,7 +157,7 @@ def _number(key: str, value: float | None) -> str:
         return "–"
     if key in ("knn", "linear"):
         return f"{value:.1f}&nbsp;%"
-    return f"{value:.1f}" if key == "effective_rank" else f"{value:.3f}"
+    return f"{value:.1f}" if key == "effective_rank" else f"{value:.3f}".replace("-", "−")
 
 
 def _notes(results: Mapping[str, Any]) -> str:
