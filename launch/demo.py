@@ -9,54 +9,75 @@ from pathlib import Path
 from trainer.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "runs" / "demo"
 SHARDS = ROOT / "shards" / "synthetic"
-RECIPES = {"simclr": "demo_simclr", "care": "demo"}
 CHOICE = """\
-The weight of the equivariance term (10 of 3, 10 and 30) was chosen on the validation split by gamma and kNN with \
-`python launch/demo.py --weights 3,10,30`; length and sizes so that the demo ends within ten minutes on two cores. \
+The weight of the equivariance term was chosen on the validation split, by gamma and kNN, among those of
+`python launch/demo.py --weights 3,10,30`; the sizes so that the demo ends within ten minutes on two cores.
 The test images chose nothing."""
 
 
-def demo(started: float | None = None) -> None:
-    """Build shards, train, evaluate, and write runs/demo/report.html and report.json.
-
-    Interrupted, the same command continues.
+def demo(started: float | None = None, weights: tuple[float, ...] = ()) -> None:
+    """Build shards, train, evaluate, and write runs/demo/report.html and report.json. Interrupted, it continues.
 
     Args:
         started: when the command began, Unix seconds, where set-up came before.
+        weights: instead, train CARE with each of these weights and print the measures on the validation split.
     """
-    started = started or time.time()
-    say = lambda text: print(f"[{time.time() - started:4.0f} s] {text}", flush=True)  # noqa: E731
-    say("shards: drawing synthetic images")
-    _run(sys.executable, "data_prep/make_shards.py", "--source", "synthetic", "--out", str(SHARDS))
-    for name, recipe in RECIPES.items():
-        say(f"training {name}: deepspeed launch/train.py --recipe {recipe}")
-        _run(_deepspeed(), "--num_accelerators", "1", "launch/train.py", "--recipe", recipe, "--out", str(RUNS / name))
-    say("evaluating both on held-out images")
+    began = started or time.time()
+
+    def say(text: str) -> None:
+        print(f"[{time.time() - began:4.0f} s] {text}", flush=True)
+
+    say("drawing synthetic images into shards/synthetic")
+    _run("python", "data_prep/make_shards.py", "--source", "synthetic", "--out", str(SHARDS))
+    if weights:
+        _compare(weights if isinstance(weights, tuple | list) else (weights,), say)
+        return
+    runs = ROOT / "runs" / "demo"
+    recipes = {"simclr": "demo_simclr", "care": "demo"}
+    for name, recipe in recipes.items():
+        _train(recipe, runs / name, say)
+    from trainer.evaluation.report import Entry, write_report  # seconds of imports, while nothing else is said
+
+    for name in recipes:
+        _evaluate(runs / name, "test", say)
+    entries = {name: Entry(runs / name, runs / name / "evaluation-test") for name in recipes}
+    write_report(entries, runs, seconds=round(time.time() - began, 1), choice=CHOICE)
+    say("done: open runs/demo/report.html")
+
+
+def _compare(weights: tuple[float, ...], say) -> None:
+    folders = {"simclr": ROOT / "runs" / "demo" / "simclr"} | {f"{w:g}": ROOT / "runs" / f"demo-weight-{w:g}" for w in weights}
+    for name, folder in folders.items():
+        flags = () if name == "simclr" else ("--objective.weight", name)
+        _train("demo_simclr" if name == "simclr" else "demo", folder, say, *flags)
+    for name, folder in folders.items():
+        measures = _evaluate(folder, "val", say)
+        shown = ("knn", "linear", "gamma", "unexplained", "l_inv", "effective_rank", "hue_r2")
+        say(f"weight {name}, validation split: " + ", ".join(f"{key} {measures[key]:.3f}" for key in shown))
+
+
+def _train(recipe: str, out: Path, say, *flags: str) -> None:
+    say(f"training: deepspeed launch/train.py --recipe {recipe} {' '.join(flags)}")
+    _run("deepspeed", "--num_accelerators", "1", "launch/train.py", "--recipe", recipe, "--out", str(out), *flags)
+
+
+def _evaluate(folder: Path, split: str, say) -> dict[str, float]:
     from trainer.evaluation.evaluate import evaluate
-    from trainer.evaluation.report import Entry, write_report
 
-    for name in RECIPES:
-        evaluate(RUNS / name, SHARDS, RUNS / name / "evaluation")
-        say(f"evaluated {name}")
-    entries = {name: Entry(RUNS / name, RUNS / name / "evaluation") for name in RECIPES}
-    write_report(entries, RUNS, seconds=round(time.time() - started, 1), choice=CHOICE)
-    say(f"report: {RUNS.relative_to(ROOT)}/report.html")
+    say(f"evaluating {folder.name} on held-out images ({split})")
+    measures: dict[str, float] = evaluate(folder, SHARDS, folder / f"evaluation-{split}", split=split)["measures"]
+    return measures
 
 
-def _deepspeed() -> str:
-    """The launcher beside this Python."""
-    return str(Path(sys.executable).parent / "deepspeed")
-
-
-def _run(*command: str) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_LOG_LEVEL": "error"}
-    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+def _run(program: str, *arguments: str) -> None:
+    """Run a program of this Python's environment."""
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    code = subprocess.run([bin_folder / program, *arguments], cwd=ROOT, env=environment).returncode
     if code:
-        raise UserError(
-            f"`{' '.join(command)}` ended with code {code}", "0", "Its last lines say why; `make demo` continues.", code=1
-        )
+        found = f"`{program} {' '.join(arguments)}` ended with code {code}"
+        raise UserError(found, "0", "Its last lines say why; the same command continues.", code=code if code > 0 else 1)
 
 
 if __name__ == "__main__":
