@@ -93,6 +93,8 @@ def to_arguments(views: Sequence[ViewSpec], draws: dict[str, dict[str, np.ndarra
                 "flip": drawn["flip"].astype(np.int32),
                 "saturation": np.where(drawn["gray"], np.float32(0), drawn["saturation"]),
                 "hue": 360 * drawn["hue"],
+                # Beyond three standard deviations the kernel is below what uint8 resolves.
+                "window": np.minimum(_kernel(view.size), 2 * np.ceil(3 * drawn["sigma"]) + 1).astype(np.int32),
             }
             arrays += [adapted[name][copy] for copy in range(view.count) for name in _parameters(view)]
     return arrays
@@ -103,7 +105,7 @@ def _parameters(view: ViewSpec) -> tuple[str, ...]:
     if view.augmentation is None:
         return ()
     colour = ("extent", "anchor", "flip", "brightness", "contrast", "saturation", "hue")
-    return (*colour, "sigma") if view.augmentation.blur > 0 and _kernel(view.size) > 1 else colour
+    return (*colour, "sigma", "window") if view.augmentation.blur > 0 and _kernel(view.size) > 1 else colour
 
 
 def _kernel(size: int) -> int:
@@ -151,7 +153,7 @@ def _augmented(images: DataNode, sides: DataNode, size: int, drawn: dict[str, Da
     if "sigma" in drawn:
         sigma = drawn["sigma"]
         if sigma > 0.0:
-            x = fn.gaussian_blur(x, sigma=sigma, window_size=_kernel(size))
+            x = fn.gaussian_blur(x, sigma=sigma, window_size=drawn["window"])
     return x
 
 
