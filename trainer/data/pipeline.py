@@ -136,8 +136,8 @@ def _read(folder: ShardFolder, rank: int, world_size: int, seed: int, shuffle_bu
 
 def _sides_of_a_square(images: DataNode) -> DataNode:
     """Height and width of the square of an image's area, relative to the image, float32 [2]; see `augment.crop_box`."""
-    shape = images.shape()
-    return dmath.sqrt(fn.cast(shape[0] * shape[1], dtype=types.FLOAT)) / shape[:2]
+    log_side = dmath.log(images.shape(dtype=types.FLOAT)[:2])
+    return dmath.exp(fn.reductions.mean(log_side) - log_side)
 
 
 def _augmented(images: DataNode, sides: DataNode, size: int, drawn: dict[str, DataNode], gpu: bool) -> DataNode:
