@@ -64,8 +64,10 @@ class Model:
     """The backbone: any timm model without its classifier."""
 
     backbone: str = setting("resnet18", "timm model name")
-    stem: Literal["auto", "small", "standard"] = setting(
-        "auto", "small: 3x3 stride-1 convolution without max-pool, for ResNets; auto: small below 64 px"
+    stem: Literal["auto", "small", "strided", "standard"] = setting(
+        "auto",
+        "of a ResNet; small: 3x3 convolution without max-pool, for small images; strided: the same with stride 2, a quarter "
+        "of the work; standard: timm's; auto: small below 64 px, else standard",
     )
     drop_path: float = setting(0.0, "stochastic depth rate", low=0.0, high=1.0)
     args: dict[str, Any] = setting(dict, "further arguments of timm.create_model")

@@ -33,10 +33,13 @@ def build_backbone(settings: Model, size: int) -> Any:
         raise UserError(
             f"model.args is {settings.args} ({error})", f"arguments of {settings.backbone}", "Correct them."
         ) from error
-    resnet = hasattr(model, "conv1") and hasattr(model, "maxpool")
-    if settings.stem == "small" and not resnet:
-        raise UserError(f"model.stem is 'small' for {settings.backbone}", "a ResNet", "Use --model.stem standard.")
-    if settings.stem == "small" or (settings.stem == "auto" and resnet and size < SMALL):
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, padding=1, bias=False)
-        model.maxpool = nn.Identity()
+    resnet = isinstance(getattr(model, "conv1", None), nn.Conv2d) and hasattr(model, "maxpool")
+    stem = settings.stem if settings.stem != "auto" else "small" if resnet and size < SMALL else "standard"
+    if stem == "standard":
+        return model
+    if not resnet:
+        found = f"model.stem is {stem!r} for {settings.backbone}"
+        raise UserError(found, "a ResNet with one convolution as its stem", "Use --model.stem standard.")
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=2 if stem == "strided" else 1, padding=1, bias=False)
+    model.maxpool = nn.Identity()
     return model
