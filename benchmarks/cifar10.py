@@ -1,6 +1,6 @@
 """Real images, equal budget, several seeds: SimCLR, CARE with shared views, CARE with separate views.
 
-    python benchmarks/cifar10.py [--recipe care_cifar10_small] [--seeds 3] [--images 10000] [--data DIR]
+    python benchmarks/cifar10.py [--recipe care_cifar10_small] [--seeds 3] [--images 5000] [--data DIR]
 
 Prints the table and writes benchmarks/results/cifar10.md and .json. Interrupted, the same command continues.
 CIFAR-10 comes from --data (the official files), else from CARE_SHARED_DATA or ../shared/data.
@@ -33,7 +33,7 @@ METHODS = {
 MEASURES = ("knn", "linear", "wahba_so", "wahba_o", "l_inv", "unexplained", "gamma", "effective_rank")
 
 
-def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 10_000, data: str | None = None) -> None:
+def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 5000, data: str | None = None) -> None:
     """Train and evaluate every method with every seed, and write the table.
 
     Args:
@@ -62,7 +62,8 @@ def build_shards(data: str | None, images: int) -> Path:
         data = str(WORK / "official")
         subprocess.run([sys.executable, shared / "unpack_cifar10.py", shared / "cifar10", data], check=True)
     make = [sys.executable, ROOT / "data_prep/make_shards.py", "--source", "cifar10", "--root", data, "--out", shards]
-    subprocess.run([*make, "--limit", str(images)], check=True)
+    for split, limit in (("val", ()), ("test", ()), ("train", ("--limit", str(images)))):
+        subprocess.run([*make, "--split", split, *limit], check=True)
     return shards
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SHARDS = ROOT / "shards" / "synthetic"
 CHOICE = """\
 The weight of the equivariance term was chosen on the validation split, by gamma and kNN, among those of
-`python launch/demo.py --weights 3,10,30`; the sizes so that the demo ends within ten minutes on two cores.
+`python launch/demo.py --weights 3,10`; the sizes so that the demo ends within ten minutes on two cores.
 The test images chose nothing."""
 
 

@@ -67,6 +67,7 @@ def _train(trainer: Trainer, stop: "_Stop") -> int:
                 )
                 return STOPPED
         status = "FINISHED"
+        trainer.publish()
         meter.say(f"done: {progress.step} steps, {run.out}")
         return 0
     finally:

@@ -63,6 +63,11 @@ class Trainer:
         self.meter.last_good = str(path)
         self.meter.pause()
 
+    def publish(self) -> None:
+        """Hand the last checkpoint, with its settings, to MLflow."""
+        if self.meter.recorder:
+            self.meter.recorder.artifact(Path(self.meter.last_good), "checkpoint")
+
     def measure(self) -> None:
         """kNN on the validation split: the number that names the best checkpoint."""
         self.meter.flush()

@@ -46,8 +46,9 @@ class Recorder:
             "key": before.get("key") or uuid.uuid4().hex,  # finds the MLflow run again, whatever else is lost
             "experiment": tracking.experiment,
             "name": run_folder.name,
-            "params": {name: mlflow_mirror.without_secrets(str(value)) for name, value in params.items()},
-            "tags": tags,
+            "params": before.get("params", {})
+            | {name: mlflow_mirror.without_secrets(str(value)) for name, value in params.items()},
+            "tags": before.get("tags", {}) | tags,
             "artifacts": before.get("artifacts", {}),
             "status": "RUNNING",
         }
@@ -110,6 +111,16 @@ class Recorder:
 
     def _write_wanted(self) -> None:
         mlflow_mirror.write_json(self.folder / WANTED, self.wanted)
+
+
+def add_evaluation(run_folder: Path, tracking: Tracking, split: str, step: int, measures: dict[str, float], out: Path) -> None:
+    """Add the measures of a finished run's checkpoint, and the folder that shows them, to its record and its MLflow run."""
+    if not (run_folder / WANTED).exists():
+        return  # a checkpoint that was copied out of its run
+    recorder = Recorder(run_folder, tracking, {}, {})
+    recorder.record(f"evaluation/{split}", step, measures)
+    recorder.artifact(out, f"evaluation/{split}")
+    recorder.close("FINISHED")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
