@@ -24,7 +24,9 @@ def check(folder: str, workers: int | None = None) -> None:
     Raises:
         UserError: no shards there (exit code 2), or some are bad (exit code 1).
     """
-    splits = _splits(Path(folder))
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise UserError(f"--workers is {workers!r}", "a whole number of at least 1", "Correct it.")
+    splits = _splits(Path(str(folder)))
     jobs = [(split, number) for split in splits for number in range(len(split.shards))]
     try:
         found = run("checking", workers, check_shard, jobs, [split.shards[number].samples for split, number in jobs])

@@ -68,9 +68,9 @@ def make(
         overwrite: replace shards that were made with other settings.
     """
     _validate(split, validation, shard_size=shard_size, workers=workers, seed=seed, limit=limit, samples=samples, size=size)
-    folder = Path(out or f"shards/{source}")
+    folder = Path(str(out or f"shards/{source}"))  # fire reads a name of digits as a number
     try:
-        opened = open_source(source, root, seed, samples, size, download)
+        opened = open_source(source, None if root is None else str(root), seed, samples, size, download)
         names = [name for name in SPLITS if split in ("all", name)]
         plan = {
             "source": source,

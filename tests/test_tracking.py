@@ -15,7 +15,8 @@ import pytest
 
 from trainer import mlflow_mirror
 from trainer.config import Tracking
-from trainer.tracking import Recorder, git_commit, read_metrics, system_metrics
+from trainer.errors import STORAGE, UserError
+from trainer.tracking import Recorder, add_evaluation, git_commit, read_metrics, system_metrics
 
 ENDS_WITHIN_S = 4 * mlflow_mirror.REQUEST_S  # two requests that nobody answers, on a busy machine
 PARAMS = {"data.batch_size": 256, "objective.name": "care"}
@@ -203,6 +204,42 @@ def test_a_torn_line_is_cut_and_the_last_record_of_a_step_counts(tmp_path):
     whole = recorder.path.read_bytes().rpartition(b"\n")[0] + b"\n"
     Recorder(tmp_path, Tracking(uri=""), {}, {}).close("FINISHED")
     assert recorder.path.read_bytes() == whole
+
+
+def test_an_evaluation_joins_the_record_of_its_run_and_of_no_other(tmp_path):
+    run, figures, quiet = tmp_path / "run", tmp_path / "figures", Tracking(uri="")
+    figures.mkdir()
+    add_evaluation(run, quiet, "test", 7, {"knn": 40.0}, figures)
+    assert not run.exists()
+    Recorder(run, quiet, {"seed": 3}, {"git_commit": "abc"}).close("FINISHED")
+    add_evaluation(run, quiet, "test", 7, {"knn": 40.0}, figures)
+    assert [(r["kind"], r["step"], r["knn"]) for r in read_metrics(run / "metrics.jsonl")] == [("evaluation/test", 7, 40.0)]
+    wanted = mlflow_mirror.read_json(run / "tracking.json")
+    assert (wanted["params"], wanted["tags"]) == ({"seed": "3"}, {"git_commit": "abc"})
+    assert [artifact["name"] for artifact in wanted["artifacts"].values()] == ["evaluation/test"]
+
+
+def test_an_evaluation_leaves_the_status_of_its_run_and_the_record_of_a_run_under_way(tmp_path, capfd):
+    quiet, run = Tracking(uri=""), tmp_path / "run"
+    recorder = Recorder(run, quiet, {}, {})
+    recorder.record("train", 1, {"loss": 1.0})
+    before = (run / "metrics.jsonl").read_bytes(), (run / "tracking.json").read_bytes()
+    add_evaluation(run, quiet, "test", 1, {"knn": 40.0}, tmp_path)
+    assert ((run / "metrics.jsonl").read_bytes(), (run / "tracking.json").read_bytes()) == before
+    assert "has not ended" in capfd.readouterr().err
+    recorder.close("KILLED")
+    add_evaluation(run, quiet, "test", 1, {"knn": 40.0}, tmp_path)
+    assert mlflow_mirror.read_json(run / "tracking.json")["status"] == "KILLED"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_the_record_ends_with_the_code_of_storage(tmp_path):
+    recorder = Recorder(tmp_path, Tracking(uri=""), {}, {})
+    os.close(recorder.file)
+    recorder.file = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(No space left") as error:
+        recorder.record("train", 1, {"loss": 1.0})
+    assert error.value.code == STORAGE
 
 
 def test_the_commit_of_a_folder_outside_git_is_empty(tmp_path):

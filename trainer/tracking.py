@@ -6,12 +6,14 @@ The mirror, `trainer.mlflow_mirror`, makes MLflow equal to both, now or at the n
 """
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,31 +66,26 @@ class Recorder:
             values: scalars by name.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full (exit code STORAGE).
         """
         line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | {
             name: float(value) for name, value in values.items()
         }
         text = json.dumps(line).encode() + b"\n"
-        try:
-            written = os.write(self.file, text)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: {error.strerror}", "room for metrics", "Make room; the same command continues."
-            ) from error
-        if written < len(text):
-            raise UserError(
-                f"{self.path}: no space left", "room for metrics", "Make room; the same command continues.", STORAGE
-            )
+        with _storage_told(self.path):
+            if os.write(self.file, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Put every line so far on the disk, so that a checkpoint made now never knows more than the record."""
-        os.fsync(self.file)
+        with _storage_told(self.path):
+            os.fsync(self.file)
 
     def artifact(self, path: Path, name: str = "") -> None:
         """Queue a file or folder for upload into the folder `name` of the MLflow run; again where its content is new."""
         self.wanted["artifacts"][str(path.absolute())] = {"name": name, "modified": path.stat().st_mtime}
-        self._write_wanted()
+        with _storage_told(self.folder / WANTED):
+            self._write_wanted()
 
     def close(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         """End the record, without fail.
@@ -104,7 +101,7 @@ class Recorder:
             if self.mirror is not None and self.mirror.stdin is not None:
                 self.mirror.stdin.close()  # the mirror reads an end of file and knows that the run has ended
                 self.mirror.wait(timeout=mlflow_mirror.DRAIN_S + 1)
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, UserError, subprocess.TimeoutExpired) as error:
             print(f"warning: tracking: {error}", file=sys.stderr)
         if self.mirror is not None and self.mirror.poll() is None:
             self.mirror.kill()
@@ -114,13 +111,23 @@ class Recorder:
 
 
 def add_evaluation(run_folder: Path, tracking: Tracking, split: str, step: int, measures: dict[str, float], out: Path) -> None:
-    """Add the measures of a finished run's checkpoint, and the folder that shows them, to its record and its MLflow run."""
-    if not (run_folder / WANTED).exists():
+    """Add the measures of an ended run's checkpoint, and the folder that shows them, to its record and its MLflow run.
+
+    The run keeps its status. A run under way writes its record alone, and a folder that cannot be written is no failure.
+    """
+    status = mlflow_mirror.read_json(run_folder / WANTED).get("status")
+    if status is None:
         return  # a checkpoint that was copied out of its run
-    recorder = Recorder(run_folder, tracking, {}, {})
-    recorder.record(f"evaluation/{split}", step, measures)
-    recorder.artifact(out, f"evaluation/{split}")
-    recorder.close("FINISHED")
+    if status == "RUNNING":
+        print(f"tracking: {run_folder} has not ended, so that the measures are in {out} alone", file=sys.stderr)
+        return
+    try:
+        recorder = Recorder(run_folder, tracking, {}, {})
+        recorder.record(f"evaluation/{split}", step, measures)
+        recorder.artifact(out, f"evaluation/{split}")
+        recorder.close(status)
+    except (OSError, UserError) as error:
+        print(f"warning: tracking: the measures are in {out} alone ({error})", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -168,6 +175,16 @@ def system_metrics() -> dict[str, float]:
         with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # without nvidia-ml-py, or a driver that does not tell
             values[f"gpu_{gpu}_utilization_percentage"] = torch.cuda.utilization()
     return values
+
+
+@contextlib.contextmanager
+def _storage_told(path: Path) -> Iterator[None]:
+    """A file that cannot be written ends the run as a checkpoint that cannot be written does."""
+    try:
+        yield
+    except OSError as error:
+        found, remedy = f"{path} cannot be written ({error.strerror})", "Make room; the same command continues."
+        raise UserError(found, "room for the record", remedy, code=STORAGE) from error
 
 
 def _start_mirror(run_folder: Path, uri: str) -> "subprocess.Popen[bytes]":

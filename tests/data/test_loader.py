@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -214,6 +216,18 @@ def test_a_small_buffer_keeps_neighbours_near_and_the_tars_change_their_order(nu
     assert abs(np.corrcoef(np.argsort(epochs[0]), np.argsort(epochs[1]))[0, 1]) < 0.8
 
 
+def test_a_loader_that_is_dropped_takes_its_threads_along(synthetic_shards):
+    gc.collect()
+    before = psutil.Process().num_threads()
+    gc.disable()
+    try:
+        for _ in range(3):
+            next(loader(train(synthetic_shards), (SINGLE,)))
+        assert psutil.Process().num_threads() <= before
+    finally:
+        gc.enable()
+
+
 def test_too_few_images_for_a_batch_are_refused(numbered):
     with pytest.raises(UserError, match=r"holds 10 samples; expected at least one batch, 8 on each of 2 ranks"):
         loader(numbered(10), world_size=2)
@@ -268,6 +282,7 @@ def test_batches_must_hold_whole_groups_on_every_rank():
     for batch, world, words in [
         (10, 4, "data.batch_size is 10"),
         (66, 1, "objective.groups 4"),
+        (4, 1, "two images or more"),
         (24, 3, "objective.groups is 4"),
     ]:
         with pytest.raises(UserError, match=words):

@@ -106,6 +106,8 @@ def test_orientation_is_asked_only_of_shapes_that_show_it(synthetic_shards):
         ({"checkpoint": "nothing"}, "no checkpoint in nothing"),
         ({"draws": 0}, "--draws is 0"),
         ({"images": "many"}, "--images is many"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"device": "tpu"}, "--device is tpu"),
         ({"images": 3}, "12 or more"),
         ({"device": "cuda"}, "--device"),
     ],
@@ -117,6 +119,11 @@ def test_what_cannot_be_evaluated_is_refused_and_nothing_written(options, messag
     with pytest.raises(UserError, match=message):
         evaluate(**arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_may_be_named_from_where_it_lies(checkpoint, synthetic_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    assert evaluate(checkpoint.name, synthetic_shards, tmp_path, **SMALL)["checkpoint"]["step"] == 7
 
 
 def test_a_damaged_checkpoint_is_named(checkpoint, synthetic_shards, tmp_path):

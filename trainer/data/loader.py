@@ -5,6 +5,7 @@ import io
 import json
 import re
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,11 +142,12 @@ class Loader:
         from trainer.data import pipeline
 
         outputs = [str(i) for i in range(sum(view.count for view in self.views))]
+        draw = weakref.WeakMethod(self._arguments)  # in a cycle, DALI's threads and memory would outlive the loader
         with self._damage_named():
             graph = pipeline.build(
                 self.folder,
                 self.views,
-                self._arguments,
+                lambda iteration: draw()(iteration),  # type: ignore[misc]
                 batch_size=self.batch_size,
                 rank=self.rank,
                 world_size=self._parts,
@@ -235,10 +237,10 @@ def rank_batch_size(batch_size: int, world_size: int, views: Sequence[ViewSpec])
             f"data.batch_size is {batch_size}", f"a multiple of the {world_size} ranks", fix.format("the number of ranks")
         )
     for groups in {view.groups for view in views if view.shared_by == "group"}:
-        if groups < 1 or batch_size % groups:
+        if groups < 1 or batch_size % groups or batch_size < 2 * groups:
             raise UserError(
                 f"data.batch_size {batch_size} with objective.groups {groups}",
-                "a batch that is a multiple of the groups",
+                "a batch that is a multiple of the groups, two images or more in each",
                 fix.format("objective.groups"),
             )
         if groups % world_size:

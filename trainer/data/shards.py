@@ -169,7 +169,7 @@ def _check_sizes(path: Path, shard: Shard) -> None:
     size = tar.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{tar} has {size} bytes", f"{shard.bytes}, as manifest.json says", remake)
-    with index.open() as lines:
+    with index.open(errors="replace") as lines:
         head = lines.readline().strip()
     if head != f"v1.2 {shard.samples}":
         raise UserError(f"{index} begins with {head[:40]!r}", f"a v1.2 index of {shard.samples} samples", remake)

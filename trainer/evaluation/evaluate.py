@@ -1,8 +1,6 @@
 """The evaluation of one checkpoint on held-out images: every measure, its figures, one metrics.json."""
 
 import dataclasses
-import json
-import os
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer import __version__
-from trainer.checkpoint import load_objective, read_manifest, resolve
+from trainer.checkpoint import load_objective, read_manifest, resolve, write_json
 from trainer.config import Run
 from trainer.data.loader import Loader
 from trainer.data.shards import ShardFolder
@@ -79,11 +77,12 @@ def evaluate(
     """
     if split == "train":
         raise UserError("--split is train", "images that the model has not seen", "Use test for a result, val for a choice.")
-    for name, value in {"images": images, "draws": draws, "passes": passes, "batch_size": batch_size}.items():
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"--{name} is {value}", "a whole number from 1", "Correct it.")
+    for name, value in {"images": images, "draws": draws, "passes": passes, "batch_size": batch_size, "seed": seed}.items():
+        low = 0 if name == "seed" else 1
+        if type(value) is not int or value < low:
+            raise UserError(f"--{name} is {value}", f"a whole number from {low}", "Correct it.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
+    if device not in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         raise UserError(f"--device is {device}", "a device of this machine", "Use --device cpu.")
     train, held_out = (ShardFolder.open(Path(shards) / name) for name in ("train", split))
     if min(images, held_out.samples) < BLOCKS * ROWS:
@@ -97,7 +96,7 @@ def evaluate(
     measures = learnt | {name: fmean(values) for name, values in motion.items()}
     measures["unexplained"] = unexplained(measures["wahba_so"], measures["l_inv"])
     measures["effective_rank"] = effective_rank(embedding)
-    result = {
+    result: dict[str, Any] = {
         "measures": measures,
         "notes": _notes(measures, embedding),
         "definitions": DEFINITIONS | {name: _recovery_definition(name) for name in measures if name.endswith("_r2")},
@@ -114,7 +113,7 @@ def evaluate(
     bench.draw_views(held_out).save(out / "views.png")
     write_json(out / DRAWS, {"per_draw": motion, "cosines": turned})
     write_json(out / METRICS, result)
-    add_evaluation(path.parents[1], run.tracking, split, result["checkpoint"]["step"], measures, out)
+    add_evaluation(path.absolute().parents[1], run.tracking, split, result["checkpoint"]["step"], measures, out)
     return result
 
 
@@ -197,16 +196,6 @@ class Bench:
             std=data.std,
             shuffle_buffer=1,
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _factor(folder: ShardFolder, features: Features, name: str) -> tuple[Tensor, Tensor]:

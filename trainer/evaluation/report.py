@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from trainer.checkpoint import write_json
 from trainer.config import Run, flatten
 from trainer.evaluation import figures
-from trainer.evaluation.evaluate import DEFINITIONS, DRAWS, METRICS, write_json
+from trainer.evaluation.evaluate import DEFINITIONS, DRAWS, METRICS
 from trainer.evaluation.figures import NAMES
 from trainer.tracking import read_metrics
 
