@@ -21,7 +21,7 @@ from trainer.config import load_run
 from trainer.errors import UserError, exit_with_one_line
 from trainer.evaluation.evaluate import evaluate
 from trainer.loop import train
-from trainer.tracking import git_commit, read_metrics
+from trainer.tracking import git_commit
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "cifar10"
@@ -74,20 +74,16 @@ def run_one(recipe: str, name: str, seed: int, overrides: dict, shards: Path) ->
     start = time.perf_counter()
     if code := train(load_run(recipe, fixed | overrides)):
         sys.exit(code)
-    trained = time.perf_counter() - start
     out = folder / "evaluation"
     done = out / "metrics.json"
     measures = json.loads(done.read_text())["measures"] if done.exists() else evaluate(folder, shards, out)["measures"]
-    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train" and "images_per_s" in r]
-    print(f"{name}, seed {seed}: {trained:.0f} s", flush=True)
-    speed = statistics.median(record["images_per_s"] for record in records)
-    return {key: measures[key] for key in MEASURES} | {"images_per_s": speed}
+    print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    return {key: measures[key] for key in MEASURES}
 
 
 def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards: Path) -> None:
     """Mean and standard deviation over seeds, as Markdown and JSON."""
     run = load_run(recipe)
-    columns = (*MEASURES, "images_per_s")
     seeds = len(results["SimCLR"])
     lines = [
         "# CIFAR-10, equal images, mean ± standard deviation over seeds",
@@ -101,12 +97,12 @@ def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards:
         "the 10,000 test images; the geometry on 2,000 of them and 20 draws. Every method sees the same number of images; "
         "separate views encode each four times, the others twice.",
         "",
-        f"| | {' | '.join(columns)} |",
-        f"|---|{'---|' * len(columns)}",
+        f"| | {' | '.join(MEASURES)} |",
+        f"|---|{'---|' * len(MEASURES)}",
     ]
     for name, rows in results.items():
         if rows:
-            cells = [_cell([row[column] for row in rows], column) for column in columns]
+            cells = [_cell([row[column] for row in rows], column) for column in MEASURES]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     out = ROOT / "benchmarks" / "results"
     (out / "cifar10.md").write_text("\n".join(lines) + "\n")
@@ -115,7 +111,7 @@ def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards:
 
 
 def _cell(values: list[float], column: str) -> str:
-    digits = 0 if column == "images_per_s" else 1 if column in ("knn", "linear", "effective_rank") else 3
+    digits = 1 if column in ("knn", "linear", "effective_rank") else 3
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
