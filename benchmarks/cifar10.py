@@ -6,6 +6,7 @@ Prints the table and writes benchmarks/results/cifar10.md and .json. Interrupted
 CIFAR-10 comes from --data (the official files), else from CARE_SHARED_DATA or ../shared/data.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -25,11 +26,6 @@ from trainer.tracking import git_commit
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "cifar10"
-METHODS = {
-    "SimCLR": {"objective.name": "simclr", "objective.temperature": 0.5, "objective.dim": 64},
-    "CARE, views shared": {"objective.views": "shared"},
-    "CARE, views separate": {"objective.views": "separate"},
-}
 MEASURES = ("knn", "linear", "wahba_so", "wahba_o", "l_inv", "unexplained", "gamma", "effective_rank")
 
 
@@ -43,9 +39,15 @@ def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 
         data: folder with the official CIFAR-10 files.
     """
     shards = build_shards(data, images)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    base = dataclasses.asdict(load_run(recipe).objective.base)
+    methods = {
+        "SimCLR": {f"objective.{key}": value for key, value in base.items()},
+        "CARE, views shared": {"objective.views": "shared"},
+        "CARE, views separate": {"objective.views": "separate"},
+    }
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for seed in range(seeds):
-        for name, overrides in METHODS.items():
+        for name, overrides in methods.items():
             results[name].append(run_one(recipe, name, seed, overrides, shards))
             write_table(recipe, results, shards)
 
@@ -105,6 +107,7 @@ def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards:
             cells = [_cell([row[column] for row in rows], column) for column in MEASURES]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     out = ROOT / "benchmarks" / "results"
+    out.mkdir(parents=True, exist_ok=True)
     (out / "cifar10.md").write_text("\n".join(lines) + "\n")
     (out / "cifar10.json").write_text(json.dumps(results, indent=1))
     Console(width=200).print("\n".join(lines[7:]), markup=False)

@@ -9,6 +9,7 @@ question (data_path.py). The three take turns in every round, so that a slow mom
 import platform
 import statistics
 import time
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 
@@ -23,11 +24,15 @@ from trainer.engine.world import look_around
 from trainer.errors import exit_with_one_line
 from trainer.objectives.objective import build_objective
 
-VARIANTS = {
-    "SimCLR": {"objective.name": "simclr"},
-    "CARE, views shared": {"objective.views": "shared"},
-    "CARE, views separate": {"objective.views": "separate"},
-}
+
+def variants(recipe: str) -> dict[str, dict]:
+    """Overrides of a CARE recipe; SimCLR is its base, with the same head."""
+    base = asdict(load_run(recipe).objective.base)
+    return {
+        "SimCLR": {f"objective.{key}": value for key, value in base.items()},
+        "CARE, views shared": {"objective.views": "shared"},
+        "CARE, views separate": {"objective.views": "separate"},
+    }
 
 
 def prepare(recipe: str, batch_size: int, overrides: dict):
@@ -59,7 +64,7 @@ def benchmark(recipe: str = "demo", batch_size: int = 256, rounds: int = 7, json
         rounds: turns that each kind takes, after one to warm up.
         json: file to write the numbers to as well.
     """
-    steps = {name: prepare(recipe, batch_size, overrides) for name, overrides in VARIANTS.items()}
+    steps = {name: prepare(recipe, batch_size, overrides) for name, overrides in variants(recipe).items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, (step, _) in steps.items():

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is the CPU's promise; benchmarks/gpu_check.py is for GPUs
+
 
 @pytest.fixture(scope="session")
 def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,5 +1,8 @@
 """Checkpoints: whole or absent, verified, and refused where they do not belong."""
 
+import hashlib
+import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -29,6 +32,14 @@ def run_folder(finished: Path, tmp_path: Path) -> Path:
 
 def newest(run_folder: Path) -> Path:
     return max((run_folder / "checkpoints").glob("step-*"))
+
+
+def sign(folder: Path, name: str) -> None:
+    """Make the manifest vouch for a file that was changed, as somebody who means harm would."""
+    data = (folder / name).read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimiser-00000.pt", "loader-00000.bin", "manifest.json"])
@@ -72,17 +83,11 @@ def test_the_objective_comes_back_with_equal_features(run_folder):
 
 
 def test_weights_of_another_model_are_refused_by_name(run_folder):
-    import hashlib
-    import json
-
     folder = newest(run_folder)
     settings = json.loads((folder / "settings.json").read_text())
     settings["model"]["args"]["channels"] = [4, 8, 8, 32]
     (folder / "settings.json").write_text(json.dumps(settings))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    data = (folder / "settings.json").read_bytes()
-    manifest["files"]["settings.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    sign(folder, "settings.json")
     with pytest.raises(UserError, match=r"another model.*projector\.0\.weight|another model.*layer4"):
         load_objective(folder)
 
@@ -92,17 +97,44 @@ def test_no_checkpoint_is_said_so(tmp_path):
         load_objective(tmp_path)
 
 
-def test_nothing_is_unpickled(run_folder):
-    import pickle
+class Evil:
+    """Pickled, it runs code when it is loaded carelessly."""
 
-    class Evil:
-        def __reduce__(self):
-            return (pytest.fail, ("code ran while loading",))
+    def __reduce__(self):
+        return (pytest.fail, ("code ran while loading",))
 
-    path = newest(run_folder) / "optimiser-00000.pt"
-    torch.save({"state": Evil()}, path)
+
+def test_nothing_is_unpickled(run_folder, synthetic_shards):
+    from trainer.loop import train
+
+    path = newest(run_folder)
+    torch.save({"state": Evil()}, path / "optimiser-00000.pt")
+    sign(path, "optimiser-00000.pt")
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)
+        train(small_run(synthetic_shards, run_folder, schedule__epochs=1))
+
+
+def test_keeping_the_newest_never_means_keeping_the_damaged(run_folder, synthetic_shards):
+    """Resumed behind a damaged checkpoint, a run that keeps one must not delete its only sound one."""
+    from trainer.checkpoint import _damage
+    from trainer.loop import train
+
+    newest(run_folder).joinpath("model.safetensors").write_bytes(b"")
+    newest(run_folder).rename(run_folder / "checkpoints" / "step-00000099")
+    assert train(small_run(synthetic_shards, run_folder, schedule__epochs=1, checkpoint__keep=1)) == 0
+    left = list((run_folder / "checkpoints").glob("step-*"))
+    assert [path.name for path in left if not _damage(path)] == [path.name for path in left] == ["step-00000014"]
+
+
+def test_two_processes_do_not_train_in_one_folder(run_folder, synthetic_shards):
+    import fcntl
+
+    from trainer.loop import train
+
+    with (run_folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains in"):
+            train(small_run(synthetic_shards, run_folder, schedule__epochs=1))
 
 
 FULL_DISK = """

@@ -37,7 +37,10 @@ def test_twins_differ_in_the_objective_alone(data):
         ({"optimiser.lr": "fast"}, "type float"),
         ({"optimiser.lr": "nan"}, "type float"),
         ({"augmentation.crop_scale": [0.2]}, "2 numbers"),
-        ({"augmentation.crop_scale": [0.2, 1.5]}, "between 0.0 and 1.0"),
+        ({"augmentation.crop_scale": [0.2, 1.5]}, "between 0.001 and 1.0"),
+        ({"augmentation.crop_scale": [0.8, 0.2]}, "lower bound first"),
+        ({"node": 4}, "'nodes'"),
+        ({"schedule.epochs": 0}, "at least"),
         ({"data": 3}, "section"),
         ({"engine.compile": "yes"}, "type bool"),
         ({"data.size.x": 1}, "type int"),
@@ -58,6 +61,17 @@ def test_numbers_may_be_written_as_yaml_misreads_them(tmp_path):
 def test_choosing_another_objective_starts_its_settings_afresh():
     run = load_run("care_cifar10", {"objective.name": "simclr", "objective.temperature": 0.3})
     assert (run.objective.name, run.objective.temperature) == ("simclr", 0.3)
+
+
+def test_the_order_of_flags_does_not_matter():
+    flags = {"objective.temperature": 0.3, "objective.name": "simclr"}
+    assert load_run("care_cifar10", flags) == load_run("care_cifar10", dict(reversed(flags.items())))
+
+
+def test_a_recipe_that_inherits_itself_is_refused(tmp_path):
+    (tmp_path / "loop.yaml").write_text(f"inherit: {tmp_path / 'loop.yaml'}\n")
+    with pytest.raises(UserError, match="inherits itself"):
+        load_run(str(tmp_path / "loop.yaml"))
 
 
 def test_a_recipe_that_is_no_yaml_is_named(tmp_path):

@@ -5,6 +5,7 @@ last, manifest.json. Random numbers need no state: they are functions of (seed, 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -92,6 +93,9 @@ class Checkpoints:
                 write_json(unfinished / "settings.json", to_tree(self.run))
 
         def finish() -> None:
+            loaders = len(list(unfinished.glob("loader-*")))
+            if loaders != self.world.size:
+                raise OSError(f"{loaders} of {self.world.size} ranks' files are here: is the folder on shared storage?")
             files = {path.name: _describe(path) for path in sorted(unfinished.iterdir())}
             manifest = {"format": 1, "version": __version__, "world_size": self.world.size, **vars(progress), "files": files}
             write_json(unfinished / MANIFEST, manifest)
@@ -105,7 +109,7 @@ class Checkpoints:
         self._together(finish, final, rank == 0)
         self.saved = progress.step
         if rank == 0:
-            self._retain(progress.best_step)
+            self._retain(progress)
         return final
 
     def newest(self) -> Path | None:
@@ -114,18 +118,13 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints and all are damaged, or the newest is of another world size.
         """
-        choice: list[Any] = [None]
-        if self.world.rank == 0:
-            choice = [_newest_sound(self.folder)]
-        if self.world.size > 1:
-            torch.distributed.broadcast_object_list(choice)
-        path: Path | None = choice[0]
+        path = self.world.first(lambda: _newest_sound(self.folder))
         if path is not None:
-            ranks = read_manifest(path)["world_size"]
-            if ranks != self.world.size:
-                found = f"{path} was saved by {ranks} rank(s), this world has {self.world.size}"
-                raise UserError(found, "the same number", f"Start {ranks} ranks.")
-            self.saved = read_manifest(path)["step"]
+            manifest = read_manifest(path)
+            if manifest["world_size"] != self.world.size:
+                found = f"{path} was saved by {manifest['world_size']} rank(s), this world has {self.world.size}"
+                raise UserError(found, "the same number", f"Start {manifest['world_size']} ranks.")
+            self.saved = manifest["step"]
         return path
 
     def load(self, path: Path, objective: Objective, engine: Engine) -> Progress:
@@ -147,10 +146,14 @@ class Checkpoints:
             for path in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _retain(self, best_step: int) -> None:
+    def _retain(self, progress: Progress) -> None:
+        """Delete all but the newest and the best. Later ones are damaged: the run was resumed behind them."""
+        now = f"step-{progress.step:08d}"
         paths = sorted(self.folder.glob("step-*"))
-        for path in paths[: -self.keep]:
-            if path.name != f"step-{best_step:08d}":
+        good = [path for path in paths if path.name <= now]
+        kept = {*good[-self.keep :], self.folder / f"step-{progress.best_step:08d}"}
+        for path in paths:
+            if path not in kept or path.name > now:
                 doomed = self.folder / f"{_UNFINISHED}{path.name}"
                 path.rename(doomed)  # a kill in the middle of deleting must not leave a checkpoint without some files
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -169,8 +172,8 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"{_UNFINISHED}{final.name}", ignore_errors=True)
         raise UserError(
             f"checkpoint {final} cannot be written ({failure or 'see the other ranks'})",
-            "a folder with enough free space",
-            "Free some and start the same command again: it continues from the checkpoint before.",
+            "a shared folder with enough free space",
+            "Mend that and start the same command again: it continues from the checkpoint before.",
             code=STORAGE,
         ) from failure
 
@@ -241,25 +244,35 @@ def check_settings(folder: Path, run: Run) -> None:
         )
 
 
-def open_folder(folder: Path, run: Run, world: World) -> None:
-    """Make the run's folder and write its settings, the first thing that a run writes.
+def open_folder(folder: Path, run: Run, world: World) -> object:
+    """Make the run's folder, lock it, and write the settings, the first thing that a run writes.
+
+    Returns: the lock, held while the process lives and this is referred to.
 
     Raises:
-        UserError: a folder that cannot be written, or that is not on storage which all ranks share.
+        UserError: a folder that cannot be written, in use, or not on storage which all ranks share.
     """
-    if world.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / SETTINGS, to_tree(run))
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror})", "a writable folder", "Set --out to one."
-            ) from error
-    world.barrier()
+    locks: list[object] = []
+    world.first(lambda: locks.append(_lock(folder, run)))
     if not (folder / SETTINGS).exists():
-        raise UserError(
-            f"rank {world.rank} does not see {folder}", "a folder on storage that all nodes share", "Set --out to one."
-        )
+        found = f"rank {world.rank} does not see {folder}"
+        raise UserError(found, "a folder on storage that all nodes share", "Set --out to one.")
+    return locks
+
+
+def _lock(folder: Path, run: Run) -> object:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_json(folder / SETTINGS, to_tree(run))
+    except BlockingIOError as error:
+        found = f"another process trains in {folder}"
+        raise UserError(found, "a folder of its own for each run", "Wait for it, or set --out.") from error
+    except OSError as error:
+        found = f"{folder} cannot be written ({error.strerror})"
+        raise UserError(found, "a writable folder", "Set --out to one.") from error
+    return lock
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

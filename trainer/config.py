@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import importlib
 import json
-import types
 import typing
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from trainer.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
+FLAGS = ("nodes", "dry_run")  # of launch/train.py, beside the settings
 CHOICES = ("objective", "base")  # sections whose `name` decides which settings they hold
 
 
@@ -33,7 +33,7 @@ def setting(default: Any, about: str, *, low: float | None = None, high: float |
 class Augmentation:
     """What one draw of the view distribution contains (CARE, app. of settings; SimCLR's family)."""
 
-    crop_scale: tuple[float, float] = setting((0.2, 1.0), "area of the random crop, fraction of the image", low=0.0, high=1.0)
+    crop_scale: tuple[float, float] = setting((0.2, 1.0), "area of the random crop, fraction of the image", low=1e-3, high=1.0)
     crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "width / height of the random crop", low=0.1, high=10)
     flip: float = setting(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
     jitter: float = setting(0.8, "probability of the colour jitter", low=0.0, high=1.0)
@@ -88,7 +88,7 @@ class Optimiser:
 class Schedule:
     """How long, and the learning rate on the way."""
 
-    epochs: float = setting(10, "passes over the training images", low=0.0)
+    epochs: float = setting(10, "passes over the training images", low=1e-6)
     warmup_epochs: float = setting(0, "linear warm-up, epochs", low=0.0)
     name: Literal["cosine", "constant"] = setting("cosine", "shape after the warm-up")
     min_lr: float = setting(0.0, "learning rate at the end of the cosine", low=0.0)
@@ -109,7 +109,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When to save and what to keep. The first and the last step of a run are always save points."""
+    """When to save and what to keep. The last step, and a step whose kNN is measured, are always save points."""
 
     every_steps: int = setting(0, "steps between checkpoints; 0: one an epoch", low=0)
     keep: int = setting(3, "newest checkpoints kept, besides the best by the validation split", low=1)
@@ -166,11 +166,12 @@ def load_run(recipe: str, overrides: dict[str, Any] | None = None) -> Run:
     Raises:
         UserError: unknown recipe or key (nearest valid name offered), wrong type, value out of range.
     """
-    tree = _read_recipe(recipe)
+    flags: dict[str, Any] = {}
     for dotted, value in (overrides or {}).items():
         for key in reversed(dotted.split(".")):
             value = {key: value}
-        tree = _merge(tree, value)
+        flags = _merge(flags, value)
+    tree = _merge(_read_recipe(recipe), flags)
     tree["recipe"] = recipe
     tree["out"] = tree.get("out") or f"runs/{Path(recipe).stem}"
     return from_tree(tree)
@@ -204,8 +205,8 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def choose(kind: type, name: str, path: str) -> type:
-    """The settings dataclass registered under `name`; used for fields whose `name` key picks the type."""
+def choose(name: str, path: str) -> type:
+    """The settings dataclass of the objective registered under `name`."""
     registry = importlib.import_module("trainer.objectives.objective").registry()
     if name not in registry:
         near = _nearest(name, registry)
@@ -214,7 +215,9 @@ def choose(kind: type, name: str, path: str) -> type:
     return settings
 
 
-def _read_recipe(recipe: str) -> dict[str, Any]:
+def _read_recipe(recipe: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    if recipe in heirs:
+        raise UserError(f"recipe {recipe!r} inherits itself", "a recipe that ends the chain", "Correct its `inherit`.")
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise UserError(f"no recipe {recipe!r}", f"a YAML file or one of {', '.join(recipes())}", _nearest(recipe, recipes()))
@@ -227,7 +230,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}", "a mapping of settings", "Correct it.")
     parent = tree.pop("inherit", None)
-    return _merge(_read_recipe(parent), tree) if parent else tree
+    return _merge(_read_recipe(parent, (*heirs, recipe)), tree) if parent else tree
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -235,8 +238,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old: Any = merged.get(key)
-        nested = isinstance(old, dict) and isinstance(value, dict)
-        other = nested and key in CHOICES and value.get("name", old.get("name")) != old.get("name")
+        nested = key != "args" and isinstance(old, dict) and isinstance(value, dict)  # a model's arguments go together
+        named = nested and key in CHOICES and "name" in old and "name" in value
+        other = named and old["name"] != value["name"]
         merged[key] = _merge(old, value) if nested and not other else value
     return merged
 
@@ -249,8 +253,9 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     for key in tree:
         if key not in fields:
             where = f"{path}.{key}" if path else key
+            valid = [*fields, *(() if path else FLAGS)]
             raise UserError(
-                f"unknown setting {where!r}", f"a key of {path or 'the run'}: {', '.join(fields)}", _nearest(key, fields)
+                f"unknown setting {where!r}", f"a key of {path or 'the run'}: {', '.join(fields)}", _nearest(key, valid)
             )
     values = {
         key: _convert(hints[key], value, f"{path}.{key}".lstrip("."), fields[key].metadata) for key, value in tree.items()
@@ -271,9 +276,7 @@ def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any
         name = value.get("name") if isinstance(value, dict) else None
         if not isinstance(name, str):
             raise UserError(f"{path}.name is {name!r}", "the name of a registered objective", f"Set {path}.name.")
-        return _build(choose(hint, name, path), value, path)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(next(a for a in args if a is not types.NoneType), value, path, metadata)
+        return _build(choose(name, path), value, path)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{path} is {value!r}", f"one of {', '.join(map(str, args))}", _nearest(str(value), map(str, args)))
@@ -287,7 +290,10 @@ def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any
             raise UserError(
                 f"{path} is {value!r}", f"{len(args)} numbers", f"Write {path}: [{', '.join(['0.5'] * len(args))}]."
             )
-        return tuple(_convert(a, v, path, metadata) for a, v in zip(args, value, strict=True))
+        numbers = tuple(_convert(a, v, path, metadata) for a, v in zip(args, value, strict=True))
+        if len(numbers) == 2 and numbers[0] > numbers[1]:
+            raise UserError(f"{path} is {value}", "the lower bound first", "Swap them.")
+        return numbers
     return _in_range(_scalar(hint, value, path), path, metadata)
 
 

@@ -21,7 +21,11 @@ class UserError(Exception):
 
     def __init__(self, found: str, expected: str, remedy: str, code: int = USAGE) -> None:
         super().__init__(f"{found}; expected {expected}. {remedy}")
-        self.code = code
+        self.parts, self.code = (found, expected, remedy), code
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, int]]:
+        """Errors travel between ranks."""
+        return UserError, (*self.parts, self.code)
 
 
 def exit_with_one_line(main: Callable[..., None]) -> None:

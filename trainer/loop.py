@@ -58,7 +58,7 @@ def _train(trainer: Trainer, stop: "_Stop") -> int:
             if trainer.at_knn:
                 trainer.measure()
             stopping = _agree(stop, trainer.world, progress.step)
-            if stopping or trainer.at_save_point:
+            if stopping or trainer.at_save_point or trainer.at_knn:
                 trainer.save()
             if stopping:
                 status = "KILLED"

@@ -1,13 +1,15 @@
 """What a step says of itself: losses, speed, waiting, collapse; to the record, to the screen, and to stop a diverged run."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
 
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from trainer.engine.world import World
+from trainer.engine.world import World, gather_rows
 from trainer.errors import DIVERGED, UserError
 from trainer.evaluation.geometry import effective_rank
 from trainer.objectives.objective import Loss
@@ -35,14 +37,18 @@ class Meter:
     steps_per_epoch: int
     batch_size: int
     last_good: str = "none"
-    _pending: list[tuple[int, float, float, Loss]] = field(default_factory=list)
+    _pending: "list[_Step]" = field(default_factory=list)
+    _names: list[str] = field(default_factory=list)
+    _embedding: Tensor = field(default_factory=lambda: torch.zeros(0, 1))
     _since: float = field(default_factory=time.perf_counter)
     _system_at: float = float("-inf")
     _display: "_Display | None" = None
 
     def step(self, step: int, loss: Loss, lr: float, wait_s: float) -> None:
         """Note a step: nothing is read from the device here."""
-        self._pending.append((step, lr, wait_s, loss))
+        self._names = ["loss", *(f"terms/{name}" for name in loss.terms)]
+        self._pending.append(_Step(step, lr, wait_s, torch.stack([loss.total.detach(), *loss.terms.values()])))
+        self._embedding = loss.embeddings[0].detach()
 
     def flush(self) -> None:
         """Record the steps noted since the last flush.
@@ -52,31 +58,35 @@ class Meter:
         """
         if not self._pending:
             return
-        names = ["loss", *(f"terms/{name}" for name in self._pending[0][3].terms)]
-        values = torch.stack([torch.stack([loss.total.detach(), *loss.terms.values()]) for *_, loss in self._pending])
-        rows = self.world.mean(values).tolist()
+        rows = self.world.mean(torch.stack([step.losses for step in self._pending])).tolist()
         elapsed = time.perf_counter() - self._since
-        rank = effective_rank(self._pending[-1][3].embeddings[0].detach().float())
-        common = {
+        records = [
+            dict(zip(self._names, row, strict=True)) | {"lr": step.lr, "epoch": step.number / self.steps_per_epoch}
+            for step, row in zip(self._pending, rows, strict=True)
+        ]
+        records[-1] |= {
             "images_per_s": self.batch_size * len(rows) / elapsed,
-            "data_wait": sum(wait for _, _, wait, _ in self._pending) / elapsed,
-            "effective_rank": float(rank),
+            "data_wait": sum(step.wait_s for step in self._pending) / elapsed,
+            "effective_rank": self._effective_rank(),
         }
-        for (step, lr, _, _), row in zip(self._pending, rows, strict=True):
-            record = dict(zip(names, row, strict=True)) | {"lr": lr, "epoch": step / self.steps_per_epoch}
-            if step == self._pending[-1][0]:
-                record |= common
+        for step, row, record in zip(self._pending, rows, records, strict=True):
             if self.recorder:
-                self.recorder.record("train", step, record)
-            if not all(value == value and abs(value) != float("inf") for value in row):
-                terms = [f"{key} {value:.4g}" for key, value in record.items() if key == "loss" or key.startswith("terms/")]
-                self.diverged(step, ", ".join(terms))
-        self._record_system(self._pending[-1][0])
-        self._show(self._pending[-1][0], record)
-        if common["effective_rank"] < COLLAPSED:
-            self.say(f"warning: step {step}: embeddings have collapsed to effective rank {common['effective_rank']:.2f}")
+                self.recorder.record("train", step.number, record)
+            if not all(map(math.isfinite, row)):
+                losses = zip(self._names, row, strict=True)
+                self.diverged(step.number, ", ".join(f"{name} {value:.4g}" for name, value in losses))
+        last = self._pending[-1].number
+        self._record_system(last)
+        self._show(last, records[-1])
+        if records[-1]["effective_rank"] < COLLAPSED:
+            self.say(f"warning: step {last}: embeddings have collapsed, effective rank {records[-1]['effective_rank']:.2f}")
         self._pending.clear()
         self._since = time.perf_counter()
+
+    def _effective_rank(self) -> float:
+        """Of the joint batch's embeddings, which all ranks gather and rank 0 measures."""
+        embedding = gather_rows(self._embedding.float())
+        return effective_rank(embedding) if self.world.rank == 0 else math.inf
 
     def pause(self) -> None:
         """Forget the time since the last flush: it was spent on evaluating or saving."""
@@ -85,7 +95,10 @@ class Meter:
     def say(self, text: str) -> None:
         """A line on the screen of rank 0, above the bar."""
         if self.world.rank == 0:
-            (self._display.bar.console.print if self._display and self._display.live else print)(text)
+            if self._display and self._display.live:
+                self._display.bar.console.print(text)
+            else:
+                print(text, flush=True)
 
     def close(self) -> None:
         """Leave the screen as it should be."""
@@ -112,6 +125,16 @@ class Meter:
             "Lower optimiser.lr, set optimiser.clip_norm, or use engine.precision fp32; then start again from that checkpoint.",
             code=DIVERGED,
         )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was not read out yet; its losses, [terms], are still on the device."""
+
+    number: int
+    lr: float
+    wait_s: float
+    losses: Tensor
 
 
 class _Display:

@@ -83,8 +83,8 @@ def _length(run: Run, world: World) -> list[tuple[str, str]]:
         shards = ShardFolder.open(Path(run.data.shards) / "train")
     except UserError as error:
         return [*rows, ("images", f"unknown: {error}")]
-    epoch = math.ceil(shards.samples / world.size) // (run.data.batch_size // world.size)
-    steps = math.ceil(epoch * run.schedule.epochs)
+    epoch = shards.samples // world.size // (run.data.batch_size // world.size)
+    steps = max(1, math.ceil(epoch * run.schedule.epochs)) if epoch else 0
     return [
         *rows,
         ("images", f"{shards.samples:,} in {len(shards.shards)} shards"),

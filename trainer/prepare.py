@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler
 
 from trainer import __version__
 from trainer.checkpoint import Checkpoints, Progress, check_settings, open_folder
@@ -16,6 +16,7 @@ from trainer.data.shards import ShardFolder
 from trainer.data.views import ViewSpec
 from trainer.engine.engine import Engine, build_engine, build_optimiser, place
 from trainer.engine.world import World
+from trainer.errors import UserError
 from trainer.evaluation.features import extract
 from trainer.evaluation.knn import knn_accuracy
 from trainer.meter import Meter
@@ -38,6 +39,7 @@ class Trainer:
     progress: Progress
     meter: Meter
     steps: int
+    lock: object
 
     @property
     def at_knn(self) -> bool:
@@ -98,7 +100,7 @@ def prepare(run: Run, world: World) -> Trainer:
     schedule = build_schedule(run.schedule, optimiser, steps, loader.steps_per_epoch)  # before a saved rate is loaded
     engine = build_engine(run, objective, optimiser, world)
     progress = checkpoints.load(newest, objective, engine) if newest else Progress()
-    open_folder(folder, run, world)
+    lock = open_folder(folder, run, world)
     checkpoints.clean()
     recorder = None
     if world.rank == 0:
@@ -107,12 +109,15 @@ def prepare(run: Run, world: World) -> Trainer:
     meter = Meter(world, recorder, steps, loader.steps_per_epoch, run.data.batch_size, last_good=str(newest or "none"))
     start, where = f"continuing {newest}" if newest else "starting", f"{world.size} rank(s), {world.nodes} node(s)"
     world.say(f"{run.recipe}: {start}; {steps} steps of {run.data.batch_size} images on {where}")
-    return Trainer(run, world, loader, objective, optimiser, engine, schedule, checkpoints, progress, meter, steps)
+    return Trainer(run, world, loader, objective, optimiser, engine, schedule, checkpoints, progress, meter, steps, lock)
 
 
 def build_schedule(settings: Schedule, optimiser: torch.optim.Optimizer, steps: int, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, then a half cosine to `min_lr`, or the peak throughout; a pure function of the step."""
     warmup = round(settings.warmup_epochs * steps_per_epoch)
+    if warmup > steps:
+        found = f"schedule.warmup_epochs {settings.warmup_epochs:g} in schedule.epochs {settings.epochs:g}"
+        raise UserError(found, "a warm-up shorter than the run", "Shorten it.")
     peak = optimiser.param_groups[0]["lr"]
     return CosineLRScheduler(
         optimiser,
@@ -131,6 +136,9 @@ def _validation_knn(run: Run, objective: Objective, world: World) -> float | Non
     if not path.exists():
         return None
     view = ViewSpec("plain", 1, run.data.size, None)
+    if world.size > 1:  # without SyncBN every rank has running statistics of its own; rank 0's are the ones that are saved
+        for buffer in objective.buffers():
+            torch.distributed.broadcast(buffer, 0)
     features = extract(
         objective, _loader(run, ShardFolder.open(path), [view], world, run.data.batch_size // world.size, shuffle=False)
     )

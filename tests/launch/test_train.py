@@ -32,7 +32,8 @@ def test_bad_input_is_one_line_and_a_code(synthetic_shards: Path, tmp_path: Path
         ({"model.args": {"depth_of_field": 3}}, "model.args"),
         ({"optimiser.lear_rate": 1}, "lr"),
         ({"engine.zero_stage": 2, "optimiser.name": "lars"}, "zero_stage"),
-        ({"objective.base.name": "care"}, "base"),
+        ({"objective.base": {"name": "care", "base": {"name": "simclr"}}}, "base.name is 'care'"),
+        ({"engine.zero_stage": 1}, "engine.kind ddp"),
     ],
 )
 def test_bad_settings_are_told_before_anything_is_written(synthetic_shards: Path, tmp_path: Path, settings, told):
@@ -73,4 +74,4 @@ def test_the_estimates_of_a_dry_run_follow_from_the_model():
 def test_help_is_quick_and_complete():
     done = run("-X", "importtime", "launch/train.py", "--help")
     assert "--recipe" in done.stdout + done.stderr
-    assert not {" torch", " deepspeed", " mlflow"} & {line.rpartition("|")[2] for line in done.stderr.splitlines()}
+    assert not {"torch", "deepspeed", "mlflow"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

@@ -1,17 +1,21 @@
-"""BatchNorm over all ranks: torch's on the GPU, and the same function on the CPU, where torch has none."""
+"""BatchNorm over all ranks: timm's conversion on the GPU, and the same function on the CPU, where torch has none."""
+
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainer.engine.world import world_size
+from trainer.engine.world import gather_rows, world_size
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronise_batchnorm(module: M, device: torch.device) -> M:
     """Make every BatchNorm of `module` take its training statistics over all ranks."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return convert_sync_batchnorm(module)
     for child in module.modules():
         if isinstance(child, _BatchNorm):
             child.__class__ = type(f"Sync{type(child).__name__}", (_SyncForward, type(child)), {})
@@ -19,37 +23,34 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _SyncForward:
-    """The forward of a BatchNorm whose ranks hold equal numbers of rows."""
+    """The forward of a BatchNorm whose ranks hold equal numbers of rows; then the activation that timm's may carry."""
 
     def forward(self: _BatchNorm, x: Tensor) -> Tensor:  # type: ignore[misc]
         if not self.training or world_size() == 1:
             return super().forward(x)  # type: ignore[misc]
+        wide = x if x.dtype == torch.float64 else x.float()
         axes = [0, *range(2, x.dim())]
-        moments = _SumOverRanks.apply(torch.stack([x.mean(axes), x.square().mean(axes)])) / world_size()
-        mean, variance = moments[0], moments[1] - moments[0].square()
+        variances, means = torch.var_mean(wide, axes, correction=0)
+        variances, means = gather_rows(torch.stack([variances, means])[None]).unbind(1)  # a row for every rank
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
         count = world_size() * x.numel() / x.shape[1]
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                rate = self.momentum or 1.0
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), rate)
+        _track(self, mean.detach(), variance.detach() * count / (count - 1))
+        scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
+        shift = (0 if self.bias is None else self.bias) - mean * scale
         shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale.view(shape).to(x.dtype) + (self.bias - mean * scale).view(shape).to(x.dtype)
+        y = (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        for follower in ("drop", "act"):  # of timm's BatchNormAct2d
+            y = getattr(self, follower, nn.Identity())(y)
+        return y
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduce of the gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
+@torch.no_grad()
+def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Move the running statistics towards those of the joint batch."""
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    rate = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), rate)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), rate)

@@ -3,8 +3,8 @@
 from typing import Any, Protocol
 
 import torch
-from timm.optim._optim_factory import create_optimizer_v2
-from torch import Tensor, nn
+from timm.optim import create_optimizer_v2
+from torch import Tensor
 
 from trainer.config import Engine as EngineSettings
 from trainer.config import Optimiser, Run
@@ -53,12 +53,17 @@ def build_engine(run: Run, objective: Objective, optimiser: torch.optim.Optimize
 
 def place(objective: Objective, settings: EngineSettings, world: World) -> Objective:
     """Move an objective to this rank's device, in its memory format and precision, and compile it if asked."""
+    if settings.kind == "ddp" and settings.zero_stage:
+        found = f"engine.zero_stage is {settings.zero_stage} with engine.kind ddp"
+        raise UserError(found, "DeepSpeed, whose stage it is", "Use --engine.kind deepspeed.")
     if settings.sync_batchnorm:
-        objective = synchronise_batchnorm(objective, world.device)  # type: ignore[assignment]
+        objective = synchronise_batchnorm(objective, world.device)
     objective.to(world.device)
-    _set_encoder(objective.encoder, settings, world.device)
-    if settings.compile:
-        objective.encoder.compile()
+    for part in objective.modules():
+        if isinstance(part, Objective):
+            part.bf16, part.channels_last = settings.precision == "bf16", settings.channels_last
+            if settings.compile and "backbone" in part._modules:
+                part.backbone.compile()
     return objective
 
 
@@ -73,18 +78,3 @@ def build_optimiser(objective: Objective, settings: Optimiser, engine: EngineSet
     momentum: dict[str, Any] = {"momentum": settings.momentum} if settings.name in ("sgd", "lars") else {}
     name = {"sgd": "momentum"}.get(settings.name, settings.name)  # timm's "sgd" is Nesterov's
     return create_optimizer_v2(objective, name, lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
-
-
-def _set_encoder(encoder: nn.Module, settings: EngineSettings, device: torch.device) -> None:
-    """Only the encoder computes in bfloat16: heads and losses are small, and inner products need the bits.
-
-    channels_last is a matter of the images: convolutions follow their input, and DeepSpeed refuses such weights.
-    """
-    forward = encoder.forward
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-
-    def cast(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            return forward(images.contiguous(memory_format=layout)).to(images.dtype)
-
-    encoder.forward = cast

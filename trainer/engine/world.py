@@ -3,13 +3,17 @@
 import datetime
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trainer.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,35 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.size > 1:
-            self.any(False)
+        self.any(False)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on all ranks; a UserError there is raised on all, so that none waits in vain."""
+        if self.size == 1:
+            return work()
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = work()
+            except UserError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        result: T = answer[0]
+        return result
 
 
 def look_around() -> World:
     """The world that the launcher (deepspeed, torchrun, or none) describes in the environment."""
-    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in _RANK_KEYS)
+    rank, size, local_rank = (int(os.environ.get(*key)) for key in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    for key in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if "WORLD_SIZE" not in os.environ and int(os.environ.get(key, "1")) > 1:
+            found = f"{key} is {os.environ[key]}, but WORLD_SIZE is not set: every task would be a run of its own"
+            raise UserError(found, "one launcher for all ranks", "Use launch/slurm.sh, deepspeed or torchrun.")
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     nodes = int(os.environ.get("CROSS_SIZE") or os.environ.get("GROUP_WORLD_SIZE") or max(1, size // local_size))
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     return World(rank, size, local_rank, nodes, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 
@@ -99,7 +122,7 @@ def join(world: World, *, expected_nodes: int | None, timeout_minutes: float) ->
         return
     wait = datetime.timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    store = torch._C._distributed_c10d.HashStore() if world.size == 1 else None  # alone: no port is opened
+    store = dist.HashStore() if world.size == 1 else None  # alone: no port is opened
     try:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=wait, store=store)
     except (dist.DistError, RuntimeError, ValueError) as error:
@@ -148,6 +171,3 @@ class _GatherRows(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient[ctx.rows]
-
-
-_RANK_KEYS = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -21,18 +21,20 @@ def build_backbone(settings: Model, size: int) -> Any:
     arguments = dict(settings.args)
     if settings.drop_path:
         arguments["drop_path_rate"] = settings.drop_path
-    if settings.backbone.startswith(("vit", "deit")):
-        arguments = {"img_size": size, **arguments}
     try:
+        if getattr(timm.get_pretrained_cfg(settings.backbone), "fixed_input_size", False):  # position embeddings and windows
+            arguments = {"img_size": size, **arguments}
         model: Any = timm.create_model(settings.backbone, num_classes=0, **arguments)
     except RuntimeError as error:
         near = difflib.get_close_matches(settings.backbone, timm.list_models(), n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "See timm.list_models()."
         raise UserError(f"model.backbone is {settings.backbone!r} ({error})", "the name of a timm model", hint) from error
-    except TypeError as error:
+    except (TypeError, AssertionError, ValueError) as error:
         raise UserError(
             f"model.args is {settings.args} ({error})", f"arguments of {settings.backbone}", "Correct them."
         ) from error
+    # Some timm models end with a layer that num_features leaves out.
+    model.num_features = getattr(model, "head_hidden_size", model.num_features)
     resnet = isinstance(getattr(model, "conv1", None), nn.Conv2d) and hasattr(model, "maxpool")
     stem = settings.stem if settings.stem != "auto" else "small" if resnet and size < SMALL else "standard"
     if stem == "standard":

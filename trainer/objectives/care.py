@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from trainer.config import Augmentation, setting
 from trainer.data.views import Batch, ViewSpec
 from trainer.engine.world import world_size
+from trainer.errors import UserError
 from trainer.objectives.objective import Loss, Objective, register, registry
 from trainer.ops.gram import gram_equivariance
 
@@ -35,14 +36,11 @@ class Care(Objective):
         reference_scale: bool = setting(False, "multiply the weight by the released code's 2 (m - 1), m images a group")
 
     def __init__(self, backbone: nn.Module, settings: Settings, augmentation: Augmentation, size: int) -> None:
+        if settings.base.name == settings.name:
+            raise UserError("objective.base.name is 'care'", "an objective that has a loss of its own", "Use simclr.")
         nn.Module.__init__(self)  # the backbone belongs to the base: owned twice, it would be saved twice
         self.settings, self.augmentation, self.size = settings, augmentation, size
         self.base = registry()[settings.base.name](backbone, settings.base, augmentation, size)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The base's encoder."""
-        return self.base.encoder
 
     def views(self) -> list[ViewSpec]:
         """One pair of views per group of images; beside the base's own where views are separate."""
@@ -68,6 +66,10 @@ class Care(Objective):
         if self.settings.reference_scale:
             weight = weight * 2 * (paired.shape[1] // groups - 1)
         return Loss(base.total + weight * equivariance, base.terms | {"equivariance": equivariance.detach()}, z)
+
+    def no_weight_decay(self) -> set[str]:
+        """The base's, under the names they have here."""
+        return {f"base.{name}" for name in self.base.no_weight_decay()}
 
     def represent(self, images: Tensor) -> dict[str, Tensor]:
         """The base's representation."""

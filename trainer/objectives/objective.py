@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from trainer.config import Augmentation, Run
@@ -45,11 +46,24 @@ class Objective(nn.Module):
         self.settings = settings
         self.augmentation = augmentation
         self.size = size
+        self.bf16 = False
+        self.channels_last = False
 
-    @property
-    def encoder(self) -> nn.Module:
-        """The part that computes in the run's precision: images to features."""
-        return self.backbone
+    def encode(self, images: Tensor) -> Tensor:
+        """The backbone's features [N, D] in the type of the images.
+
+        Only the backbone computes in bfloat16: heads and losses are small, and inner products need the bits. channels_last
+        is a matter of the images: convolutions follow their input, and DeepSpeed refuses weights in that layout.
+        """
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            features: Tensor = self.backbone(images.contiguous(memory_format=layout))
+        return features.to(images.dtype)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay besides biases and norms: the backbone's own list (timm's optimisers ask)."""
+        listed: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {name for name, _ in self.named_parameters() if name.rpartition("backbone.")[2] in listed}
 
     def views(self) -> list[ViewSpec]:
         """The views of every image that `forward` will read from the batch."""
@@ -72,7 +86,7 @@ class Objective(nn.Module):
 
     def represent(self, images: Tensor) -> dict[str, Tensor]:
         """Named parts of the representation for probes: "full" [N, D]."""
-        return {"full": self.backbone(images)}
+        return {"full": self.encode(images)}
 
 
 _REGISTRY: dict[str, type[Objective]] = {}

@@ -37,7 +37,7 @@ class SimCLR(Objective):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to the unit sphere, float32 [N, d]."""
-        return F.normalize(self.projector(self.backbone(images)))
+        return F.normalize(self.projector(self.encode(images)))
 
     def loss(self, views: Tensor) -> Loss:
         """NT-Xent of [2, B, 3, H, W]; both views pass the encoder together, so they share batch statistics."""
