@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as F
 from data_prep import synthetic
 from trainer.config import Augmentation
 from trainer.data.augment import crop_box
+from trainer.data.colour import colour
 from trainer.data.views import ViewSpec
 
 N = 64
@@ -52,10 +53,9 @@ def made(shards_of):
             threads=1,
             seed=0,
             shuffle_buffer=0,
-            mean=(0, 0, 0),
-            std=(1 / 255,) * 3,
         )
-        return next(DALIGenericIterator([graph], ["view", "label", "index"], size=-1))[0]["view"].clone()
+        pixels = next(DALIGenericIterator([graph], ["view", "label", "index"], size=-1))[0]["view"]
+        return colour(pixels, {} if augmentation is None else {k: v[0] for k, v in drawn.items()}, (0, 0, 0), (1 / 255,) * 3)
 
     return make
 
@@ -157,7 +157,6 @@ def test_the_graph_for_a_gpu_can_be_drawn_without_one(numbered):
 
     views = [ViewSpec("v", 2, 32, Augmentation()), ViewSpec("plain", 1, 32, None)]
     options = {"batch_size": 2, "rank": 0, "world_size": 1, "threads": 1, "seed": 0, "shuffle_buffer": 0}
-    options |= {"mean": (0, 0, 0), "std": (1, 1, 1)}
     graph = pipeline.build(numbered(4), views, lambda _: [], device_id=0, **options)
     graph._build_graph()
     assert [output.device for output in graph._graph_outputs] == ["gpu"] * 3 + ["cpu"] * 2

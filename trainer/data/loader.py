@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.augment import draw_view
+from trainer.data.colour import colour
 from trainer.data.shards import ShardFolder, read_index
 from trainer.data.views import Batch, ViewSpec
 from trainer.errors import UserError
@@ -76,6 +77,7 @@ class Loader:
         state: bytes | None = None,
     ) -> None:
         self.folder, self.views, self.batch_size, self.seed = folder, tuple(views), batch_size, seed
+        self.mean, self.std = mean, std
         self.rank, self.world_size, self.shuffle, self.device = rank, world_size, shuffle, torch.device(device)
         n = folder.samples
         self._parts = max(1, min(world_size, n))  # DALI has no ranks without a sample
@@ -91,7 +93,7 @@ class Loader:
         self._drawn: dict[int, dict[str, dict[str, np.ndarray]]] = {}  # by iteration, of the batches under way
         self._buffer = min(shuffle_buffer, largest) if shuffle else 0
         checkpoint = None if state is None else self._read_state(state)
-        self._source: Any = self._start(threads, mean, std, checkpoint) if self.steps_per_epoch else None
+        self._source: Any = self._start(threads, checkpoint) if self.steps_per_epoch else None
 
     def __iter__(self) -> "Loader":
         return self
@@ -135,7 +137,7 @@ class Loader:
                 )
         return checkpoint
 
-    def _start(self, threads: int, mean: Sequence[float], std: Sequence[float], checkpoint: bytes | None) -> Any:
+    def _start(self, threads: int, checkpoint: bytes | None) -> Any:
         """DALI's iterator over endless epochs, already fetching the first batch."""
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
@@ -155,8 +157,6 @@ class Loader:
                 threads=threads,
                 seed=self.seed,
                 shuffle_buffer=self._buffer,
-                mean=mean,
-                std=std,
                 checkpoint=checkpoint,
             )
             return DALIGenericIterator([graph], [*outputs, "label", "index"], size=-1)
@@ -190,11 +190,17 @@ class Loader:
     def _batch(self, outputs: dict[str, Tensor], draws: dict[str, dict[str, np.ndarray]], rows: int) -> Batch:
         """The first `rows` images of DALI's outputs."""
         copies = iter(outputs[str(i)][:rows] for i in range(len(outputs) - 2))
+        draws = {view: {name: value[:, :rows] for name, value in drawn.items()} for view, drawn in draws.items()}
+        views = {}
+        for view in self.views:
+            pixels = torch.cat([next(copies) for _ in range(view.count)])
+            drawn = {name: value.reshape(len(pixels), *value.shape[2:]) for name, value in draws.get(view.name, {}).items()}
+            views[view.name] = colour(pixels, drawn, self.mean, self.std).unflatten(0, (view.count, rows))
         return Batch(
-            views={view.name: torch.stack([next(copies) for _ in range(view.count)]) for view in self.views},
+            views=views,
             index=_integers(outputs["index"])[:rows].to(self.device),
             label=_integers(outputs["label"])[:rows].to(self.device),
-            draws={view: {name: value[:, :rows] for name, value in drawn.items()} for view, drawn in draws.items()},
+            draws=draws,
         )
 
     def _identity(self) -> dict[str, Any]:

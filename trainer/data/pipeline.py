@@ -1,16 +1,11 @@
-"""The DALI graph: shards are read and decoded once, every view of every image is made from its draws.
+"""The DALI graph: shards are read and decoded once, every view of every image is cropped, blurred and mirrored by its draws.
 
 One graph for both devices; on a GPU the decoding is mixed (without the fixed-function decoder, whose pixels differ) and the
-rest runs there. The order of the operations is fixed: crop, brightness, contrast, saturation with hue and grayscale, blur,
-flip, normalise (torchvision's ColorJitter shuffles the four colours). Against torchvision, op by op, on uint8 images:
+rest runs there. Colours follow in `colour.py`; the blur, linear as they are but for their clamping, comes before them
+(SimCLR's after). Against torchvision, op by op, on uint8 images:
 
-- Brightness, contrast and the colour map each round and clamp to uint8 (there fractions are cut off): 0.3 or less apart.
 - The crop has antialiasing and fractional edges (there: rounded to pixels), and reads its neighbours across its edge (there
   the edge pixel is repeated): the outermost pixels differ by 2 on average, the rest by rounding alone.
-- Contrast turns about the mean luma of the crop, as there.
-- Saturation and hue are one linear map of the colour (chroma of YIQ scaled and rotated), the same for every pixel and so for
-  every image of a group; there hue shifts the angle of HSV. For shifts within +-0.1 turns the two differ by 4.5 of 255 on
-  average on CIFAR-10, where ours moves a pixel by 4.5 and torchvision's by 3.4.
 - The blur's kernel spans a tenth of the view, odd (SimCLR, Chen et al. 2020, app. A): 3 pixels at 32, 23 at 224.
 """
 
@@ -44,8 +39,6 @@ def build(
     threads: int,
     seed: int,
     shuffle_buffer: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     checkpoint: bytes | None = None,
 ) -> Pipeline:
     """The pipeline of one rank.
@@ -57,10 +50,9 @@ def build(
             only source of randomness.
         device_id: of the GPU, None for the CPU.
         shuffle_buffer: samples in the reader's shuffle buffer; 0 reads in order.
-        mean, std: of the channels, of 1.
         checkpoint: of an equal pipeline, to go on from.
 
-    Outputs: the views in order, copies one by one, float32 [B, 3, size, size]; then `cls` and `index`, uint8 [B, 8].
+    Outputs: the views in order, copies one by one, uint8 [B, 3, size, size]; then `cls` and `index`, uint8 [B, 8].
     """
 
     def graph() -> tuple[DataNode, ...]:
@@ -75,8 +67,8 @@ def build(
         for view in views:
             for _ in range(view.count):
                 parameters = {name: next(drawn) for name in _parameters(view)}
-                pixels = _augmented(images, sides, view.size, parameters, gpu) if parameters else _plain(images, view.size)
-                outputs.append(_normalised(pixels, parameters.get("flip", 0), view.size, mean, std))
+                pixels = _augmented(images, sides, view.size, parameters) if parameters else _plain(images, view.size)
+                outputs.append(_centre(pixels, parameters.get("flip", 0), view.size))
         return *outputs, label, index
 
     define = pipeline_def(enable_conditionals=True, enable_checkpointing=True, checkpoint=checkpoint)(graph)
@@ -91,8 +83,6 @@ def to_arguments(views: Sequence[ViewSpec], draws: dict[str, dict[str, np.ndarra
         if drawn:
             adapted = drawn | {
                 "flip": drawn["flip"].astype(np.int32),
-                "saturation": np.where(drawn["gray"], np.float32(0), drawn["saturation"]),
-                "hue": 360 * drawn["hue"],
                 # Beyond three standard deviations the kernel is below what uint8 resolves.
                 "window": np.minimum(_kernel(view.size), 2 * np.ceil(3 * drawn["sigma"]) + 1).astype(np.int32),
             }
@@ -104,8 +94,8 @@ def _parameters(view: ViewSpec) -> tuple[str, ...]:
     """Names of the arguments that one copy of a view takes, in order."""
     if view.augmentation is None:
         return ()
-    colour = ("extent", "anchor", "flip", "brightness", "contrast", "saturation", "hue")
-    return (*colour, "sigma", "window") if view.augmentation.blur > 0 and _kernel(view.size) > 1 else colour
+    blur = ("sigma", "window") if view.augmentation.blur > 0 and _kernel(view.size) > 1 else ()
+    return ("extent", "anchor", "flip", *blur)
 
 
 def _kernel(size: int) -> int:
@@ -140,16 +130,12 @@ def _sides_of_a_square(images: DataNode) -> DataNode:
     return dmath.exp(fn.reductions.mean(log_side) - log_side)
 
 
-def _augmented(images: DataNode, sides: DataNode, size: int, drawn: dict[str, DataNode], gpu: bool) -> DataNode:
+def _augmented(images: DataNode, sides: DataNode, size: int, drawn: dict[str, DataNode]) -> DataNode:
     """uint8 [size, size, 3] from the draws of one copy."""
     box = drawn["extent"] * sides
     box = box / dmath.max(fn.reductions.max(box), 1.0)
     start = drawn["anchor"] * (1.0 - box)
     x = fn.resize(images, size=[size, size], roi_start=start, roi_end=start + box, roi_relative=True, **RESAMPLING)
-    x = fn.brightness(x, brightness=drawn["brightness"])
-    luma = fn.reductions.mean(fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY))
-    x = fn.brightness_contrast(x, contrast=drawn["contrast"], contrast_center=luma.cpu() if gpu else luma)
-    x = fn.hsv(x, saturation=drawn["saturation"], hue=drawn["hue"])
     if "sigma" in drawn:
         sigma = drawn["sigma"]
         if sigma > 0.0:
@@ -162,14 +148,6 @@ def _plain(images: DataNode, size: int) -> DataNode:
     return fn.resize(images, resize_shorter=size if size <= 64 else round(size * 256 / 224), **RESAMPLING)
 
 
-def _normalised(pixels: DataNode, mirror: DataNode | int, size: int, mean: Sequence[float], std: Sequence[float]) -> DataNode:
-    """The centre, mirrored, normalised, float32 [3, size, size]."""
-    return fn.crop_mirror_normalize(
-        pixels,
-        crop=(size, size),
-        mirror=mirror,
-        mean=[255 * value for value in mean],
-        std=[255 * value for value in std],
-        dtype=types.FLOAT,
-        output_layout="CHW",
-    )
+def _centre(pixels: DataNode, mirror: DataNode | int, size: int) -> DataNode:
+    """The centre, mirrored, uint8 [3, size, size]."""
+    return fn.crop_mirror_normalize(pixels, crop=(size, size), mirror=mirror, dtype=types.UINT8, output_layout="CHW")
