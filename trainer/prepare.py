@@ -16,7 +16,6 @@ from trainer.data.shards import ShardFolder
 from trainer.data.views import ViewSpec
 from trainer.engine.engine import Engine, build_engine, build_optimiser, place
 from trainer.engine.world import World
-from trainer.errors import UserError
 from trainer.evaluation.features import extract
 from trainer.evaluation.knn import knn_accuracy
 from trainer.meter import Meter
@@ -115,9 +114,6 @@ def prepare(run: Run, world: World) -> Trainer:
 def build_schedule(settings: Schedule, optimiser: torch.optim.Optimizer, steps: int, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, then a half cosine to `min_lr`, or the peak throughout; a pure function of the step."""
     warmup = round(settings.warmup_epochs * steps_per_epoch)
-    if warmup > steps:
-        found = f"schedule.warmup_epochs {settings.warmup_epochs:g} in schedule.epochs {settings.epochs:g}"
-        raise UserError(found, "a warm-up shorter than the run", "Shorten it.")
     peak = optimiser.param_groups[0]["lr"]
     return CosineLRScheduler(
         optimiser,
