@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,7 +57,7 @@ class Objective(nn.Module):
         is a matter of the images: convolutions follow their input, and DeepSpeed refuses weights in that layout.
         """
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             features: Tensor = self.backbone(images.contiguous(memory_format=layout))
         return features.to(images.dtype)
 
