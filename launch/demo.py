@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from trainer.config import load_run
 from trainer.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +38,14 @@ def demo(started: float | None = None, weights: tuple[float, ...] = ()) -> None:
     recipes = {"simclr": "demo_simclr", "care": "demo"}
     for name, recipe in recipes.items():
         _train(recipe, runs / name, say)
-    from trainer.evaluation.report import Entry, write_report  # seconds of imports, while nothing else is said
+    from trainer.evaluation.report import Entry, write_report  # seconds of imports, needed only here
+    from trainer.tracking import add_to_run
 
     for name in recipes:
         _evaluate(runs / name, "test", say)
     entries = {name: Entry(runs / name, runs / name / "evaluation-test") for name in recipes}
     write_report(entries, runs, seconds=round(time.time() - began, 1), choice=CHOICE)
+    add_to_run(runs / "care", load_run("demo").tracking, "report", runs / "report.html")
     say("done: open runs/demo/report.html")
 
 

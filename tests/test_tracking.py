@@ -16,7 +16,7 @@ import pytest
 from trainer import mlflow_mirror
 from trainer.config import Tracking
 from trainer.errors import STORAGE, UserError
-from trainer.tracking import Recorder, add_evaluation, git_commit, read_metrics, system_metrics
+from trainer.tracking import Recorder, add_to_run, git_commit, read_metrics, system_metrics
 
 ENDS_WITHIN_S = 4 * mlflow_mirror.REQUEST_S  # two requests that nobody answers, on a busy machine
 PARAMS = {"data.batch_size": 256, "objective.name": "care"}
@@ -209,10 +209,10 @@ def test_a_torn_line_is_cut_and_the_last_record_of_a_step_counts(tmp_path):
 def test_an_evaluation_joins_the_record_of_its_run_and_of_no_other(tmp_path):
     run, figures, quiet = tmp_path / "run", tmp_path / "figures", Tracking(uri="")
     figures.mkdir()
-    add_evaluation(run, quiet, "test", 7, {"knn": 40.0}, figures)
+    add_to_run(run, quiet, "evaluation/test", figures, 7, {"knn": 40.0})
     assert not run.exists()
     Recorder(run, quiet, {"seed": 3}, {"git_commit": "abc"}).close("FINISHED")
-    add_evaluation(run, quiet, "test", 7, {"knn": 40.0}, figures)
+    add_to_run(run, quiet, "evaluation/test", figures, 7, {"knn": 40.0})
     assert [(r["kind"], r["step"], r["knn"]) for r in read_metrics(run / "metrics.jsonl")] == [("evaluation/test", 7, 40.0)]
     wanted = mlflow_mirror.read_json(run / "tracking.json")
     assert (wanted["params"], wanted["tags"]) == ({"seed": "3"}, {"git_commit": "abc"})
@@ -224,11 +224,11 @@ def test_an_evaluation_leaves_the_status_of_its_run_and_the_record_of_a_run_unde
     recorder = Recorder(run, quiet, {}, {})
     recorder.record("train", 1, {"loss": 1.0})
     before = (run / "metrics.jsonl").read_bytes(), (run / "tracking.json").read_bytes()
-    add_evaluation(run, quiet, "test", 1, {"knn": 40.0}, tmp_path)
+    add_to_run(run, quiet, "evaluation/test", tmp_path, 1, {"knn": 40.0})
     assert ((run / "metrics.jsonl").read_bytes(), (run / "tracking.json").read_bytes()) == before
     assert "has not ended" in capfd.readouterr().err
     recorder.close("KILLED")
-    add_evaluation(run, quiet, "test", 1, {"knn": 40.0}, tmp_path)
+    add_to_run(run, quiet, "evaluation/test", tmp_path, 1, {"knn": 40.0})
     assert mlflow_mirror.read_json(run / "tracking.json")["status"] == "KILLED"
 
 

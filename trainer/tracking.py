@@ -110,8 +110,10 @@ class Recorder:
         mlflow_mirror.write_json(self.folder / WANTED, self.wanted)
 
 
-def add_evaluation(run_folder: Path, tracking: Tracking, split: str, step: int, measures: dict[str, float], out: Path) -> None:
-    """Add the measures of an ended run's checkpoint, and the folder that shows them, to its record and its MLflow run.
+def add_to_run(
+    run_folder: Path, tracking: Tracking, name: str, result: Path, step: int = 0, measures: dict[str, float] | None = None
+) -> None:
+    """Add a result that came after a run, a file or a folder and its measures, to the run's record and its MLflow run.
 
     The run keeps its status. A run under way writes its record alone, and a folder that cannot be written is no failure.
     """
@@ -119,15 +121,16 @@ def add_evaluation(run_folder: Path, tracking: Tracking, split: str, step: int, 
     if status is None:
         return  # a checkpoint that was copied out of its run
     if status == "RUNNING":
-        print(f"tracking: {run_folder} has not ended, so that the measures are in {out} alone", file=sys.stderr)
+        print(f"tracking: {run_folder} has not ended, so that the result is in {result} alone", file=sys.stderr)
         return
     try:
         recorder = Recorder(run_folder, tracking, {}, {})
-        recorder.record(f"evaluation/{split}", step, measures)
-        recorder.artifact(out, f"evaluation/{split}")
+        if measures:
+            recorder.record(name, step, measures)
+        recorder.artifact(result, name)
         recorder.close(status)
     except (OSError, UserError) as error:
-        print(f"warning: tracking: the measures are in {out} alone ({error})", file=sys.stderr)
+        print(f"warning: tracking: the result is in {result} alone ({error})", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from trainer.evaluation.geometry import cosines, effective_rank, measure_motion,
 from trainer.evaluation.knn import knn_accuracy
 from trainer.evaluation.linear import LIGHT, linear_probe
 from trainer.objectives.objective import Objective
-from trainer.tracking import add_evaluation, git_commit
+from trainer.tracking import add_to_run, git_commit
 
 METRICS, DRAWS = "metrics.json", "draws.json"
 DEFINITIONS = {
@@ -113,7 +113,8 @@ def evaluate(
     bench.draw_views(held_out).save(out / "views.png")
     write_json(out / DRAWS, {"per_draw": motion, "cosines": turned})
     write_json(out / METRICS, result)
-    add_evaluation(path.absolute().parents[1], run.tracking, split, result["checkpoint"]["step"], measures, out)
+    run_folder = path.absolute().parents[1]
+    add_to_run(run_folder, run.tracking, f"evaluation/{split}", out, result["checkpoint"]["step"], measures)
     return result
 
 
