@@ -38,7 +38,7 @@ def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 
         images: training images, at most 45,000.
         data: folder with the official CIFAR-10 files.
     """
-    shards = build_shards(data, images)
+    commit, shards = git_commit(), build_shards(data, images)
     base = dataclasses.asdict(load_run(recipe).objective.base)
     methods = {
         "SimCLR": {f"objective.{key}": value for key, value in base.items()},
@@ -49,7 +49,7 @@ def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 
     for seed in range(seeds):
         for name, overrides in methods.items():
             results[name].append(run_one(recipe, name, seed, overrides, shards))
-            write_table(recipe, results, shards)
+            write_table(recipe, results, shards, commit)
 
 
 def build_shards(data: str | None, images: int) -> Path:
@@ -83,7 +83,7 @@ def run_one(recipe: str, name: str, seed: int, overrides: dict, shards: Path) ->
     return {key: measures[key] for key in MEASURES}
 
 
-def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards: Path) -> None:
+def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards: Path, commit: str) -> None:
     """Mean and standard deviation over seeds, as Markdown and JSON."""
     run = load_run(recipe)
     seeds = len(results["SimCLR"])
@@ -91,7 +91,7 @@ def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards:
         "# CIFAR-10, equal images, mean ± standard deviation over seeds",
         "",
         f"`python {' '.join(['benchmarks/cifar10.py', *sys.argv[1:]])}` on {os.cpu_count()} {platform.machine()} CPU cores, "
-        f"commit {git_commit()[:10]}, {time.strftime('%Y-%m-%d')}; no GPU.",
+        f"commit {commit[:10]}, {time.strftime('%Y-%m-%d')}; no GPU.",
         "",
         f"{json.loads((shards / 'train' / 'manifest.json').read_text())['samples']:,} training images, {run.schedule.epochs:g} "
         f"epochs, batch {run.data.batch_size}, {run.model.backbone} {run.model.args}, d = {run.objective.base.dim}, weight "
