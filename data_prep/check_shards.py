@@ -38,7 +38,7 @@ def check(folder: str, workers: int | None = None) -> None:
     if problems:
         bad = sum(map(bool, found))
         remedy = "Copy them again, or make them again with make_shards.py --overwrite."
-        raise UserError(f"{len(problems)} problems, {bad} of {len(jobs)} shards bad in {folder}", "none", remedy, code=1)
+        raise UserError(f"{len(problems)} problem(s), {bad} of {len(jobs)} shard(s) bad in {folder}", "none", remedy, code=1)
     console.print(f"{folder}: {sum(split.samples for split in splits):,} images in {len(jobs):,} shards are good")
 
 

@@ -84,6 +84,7 @@ def make(
         if split != "all" and not len(splits[0].numbers):
             raise UserError(f"{source} has no images for {split}", "some", "Choose another --split or a larger --validation.")
         with _lock(folder):
+            _check_others(splits, folder)
             write([s for s in splits if len(s.numbers)], folder, workers, overwrite)
     except KeyboardInterrupt:
         raise UserError("interrupted", "to finish", "The same command continues.", code=130) from None
@@ -151,6 +152,21 @@ def _there(split: Split, out: Path, overwrite: bool) -> bool:
     shutil.rmtree(staging(out, split.name), ignore_errors=True)
     console.print(f"{folder}: already there")
     return True
+
+
+def _check_others(splits: list[Split], out: Path) -> None:
+    """The splits in `out` that this command does not write must be of the same plan: else train may hold images of val."""
+    written = {split.name for split in splits if len(split.numbers)}
+    plan = {key: value for key, value in splits[0].plan.items() if key not in ("split", "limit", "shard_size", "skip_bad")}
+    for name in set(SPLITS) - written:
+        try:
+            was = json.loads((out / name / "manifest.json").read_text())["plan"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        other = [key for key, value in plan.items() if was.get(key) != value]
+        if other:
+            then, now = (", ".join(f"{key} {values.get(key)}" for key in other) for values in (was, plan))
+            raise UserError(f"{out / name} was made with {then}", now, f"Choose another --out, or remove {out / name}.")
 
 
 def _without_bad(splits: list[Split], workers: int | None) -> list[Split]:
