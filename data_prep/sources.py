@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_prep import synthetic
 from trainer.errors import UserError
@@ -44,11 +44,11 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A good image: encoded, with its label (-1: none), the length of its shorter side and its factors if known."""
+    """A good image: encoded, with its label (-1: none), the height and width as it is decoded, and its factors if known."""
 
     image: bytes
     label: int
-    side: int
+    shape: tuple[int, int]
     factors: dict[str, float] | None = None
 
 
@@ -132,7 +132,7 @@ class SyntheticImages:
             chunk = numbers[begin : begin + 64]
             for number, image, factors in zip(chunk, *synthetic.draw(seed, pool, chunk, size), strict=True):
                 named = dict(zip(synthetic.FACTORS, np.round(factors, 6).tolist(), strict=True))
-                yield Sample(_png(image), int(self.labels[number]), size, named)
+                yield Sample(_png(image), int(self.labels[number]), (size, size), named)
 
 
 class ArrayImages:
@@ -153,7 +153,7 @@ class ArrayImages:
         for number in numbers:
             part = int(np.searchsorted(self._ends, number, side="right"))
             image = self._parts[part][number - self._ends[part]]  # a negative row counts from the part's end
-            yield Sample(_png(image), int(self.labels[number]), min(image.shape[:2]))
+            yield Sample(_png(image), int(self.labels[number]), image.shape[:2])
 
     def fingerprint(self) -> bytes:
         """Checksum of the labels and of every hundredth image: enough to tell another data set, without reading it all."""
@@ -182,18 +182,18 @@ class FolderImages:
         for number in numbers:
             path = self._root / self._names[number]
             try:
-                data, side = self._load(path)
-                yield Sample(data, int(self.labels[number]), side)
+                data, shape = self._load(path)
+                yield Sample(data, int(self.labels[number]), shape)
             except (OSError, ValueError) as error:
                 yield Bad(int(number), str(path), f"({error})")
 
-    def _load(self, path: Path) -> tuple[bytes, int]:
+    def _load(self, path: Path) -> tuple[bytes, tuple[int, int]]:
         kind = SUFFIXES.get(path.suffix.lower().lstrip("."))
         if kind is None:
             raise ValueError("not named as an image")
         data = path.read_bytes()
         image = decode(data, kind)
-        return data if kind == self._extension else _encode(image, self._extension), min(image.size)
+        return data if kind == self._extension else _encode(image, self._extension), _upright_shape(image)
 
 
 def decode(data: bytes, kind: str) -> Image.Image:
@@ -221,6 +221,15 @@ def decode(data: bytes, kind: str) -> Image.Image:
     if found != kind:
         raise ValueError(f"wrong extension, it is {found}")
     return image
+
+
+def _upright_shape(image: Image.Image) -> tuple[int, int]:
+    """Height and width as DALI decodes it, which turns it by its metadata."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, struct.error):  # unreadable metadata turn nothing
+        turned = False
+    return image.size if turned else (image.height, image.width)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -354,10 +363,7 @@ def _download(name: str, root: str) -> None:
 def _imagefolder(root: Path) -> Source:
     """ROOT/train/CLASS/*, with ROOT/test or else ROOT/val as test; without train/, everything in ROOT is for training."""
     train_root = root / "train" if (root / "train").is_dir() else root
-    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    if train_root == root and tests:  # a split would be taken for a class
-        raise UserError(f"{root} has {tests[0].name}/ and no train/", "train/CLASS/*.jpg beside it", "Correct --root.")
-    test_root = tests[0] if tests else None
+    test_root = next((root / n for n in ("test", "val") if train_root != root and (root / n).is_dir()), None)
     listing = {folder: _walk(folder) for folder in (train_root, test_root) if folder}
     classes = sorted({_class_of(name) for name, _ in listing[train_root]} - {""})
     if not listing[train_root]:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Report:
-    """What a job found: the shard with the range of its shorter sides, or the bad images."""
+    """What a job found: the shard with the range of its shorter sides and its images' one shape, or the bad images."""
 
     split: str
     images: int
     shard: Shard | None = None
     image_size: list[int] = field(default_factory=list)
+    image_shape: list[int] | None = None
     bad: list[Bad] = field(default_factory=list)
 
 
@@ -152,20 +154,21 @@ def write_shard(out: Path, split: Split, number: int) -> Report:
     if record.is_file():
         kept = json.loads(record.read_text())
         if file_sha256(path) == kept["shard"]["sha256"]:
-            return Report(split.name, len(numbers), Shard(**kept["shard"]), kept["image_size"])
-    writer, bad, sides = ShardWriter(path), [], []
+            return Report(split.name, len(numbers), Shard(**kept["shard"]), kept["image_size"], kept.get("image_shape"))
+    writer, bad, shapes = ShardWriter(path), [], []
     for index, sample in enumerate(split.images.read(numbers), number * split.plan["shard_size"]):
         if isinstance(sample, Bad):
             bad.append(sample)
         else:
             writer.write(f"{index:09d}", components(sample, index, split.source.image_extension))
-            sides.append(sample.side)
+            shapes.append(list(sample.shape))
     if bad:
         writer.abandon()
         return Report(split.name, len(numbers), bad=bad)
-    shard, image_size = writer.close(), [min(sides), max(sides)]
-    write_atomically(record, json.dumps({"shard": asdict(shard), "image_size": image_size}))
-    return Report(split.name, len(numbers), shard, image_size)
+    shard, sides, image_shape = writer.close(), [min(shape) for shape in shapes], _common(shapes)
+    image_size = [min(sides), max(sides)]
+    write_atomically(record, json.dumps({"shard": asdict(shard), "image_size": image_size, "image_shape": image_shape}))
+    return Report(split.name, len(numbers), shard, image_size, image_shape)
 
 
 def find_bad(split: Split, number: int) -> Report:
@@ -207,7 +210,13 @@ def _manifest(split: Split, reports: list[Report]) -> dict[str, Any]:
         "classes": split.source.classes,
         "image_extension": split.source.image_extension,
         "image_size": [min(r.image_size[0] for r in reports), max(r.image_size[1] for r in reports)],
+        "image_shape": _common([r.image_shape for r in reports]),
         "factors": split.source.factors,
         "plan": split.plan,
         "shards": shards,
     }
+
+
+def _common(shapes: Sequence[list[int] | None]) -> list[int] | None:
+    """The one shape, None where they differ."""
+    return shapes[0] if all(shape == shapes[0] for shape in shapes) else None

@@ -26,7 +26,9 @@ def shards_of(tmp_path: Path) -> Callable[..., ShardFolder]:
                 Image.fromarray(image).save(png, "PNG")
                 writer.write(f"{i:09d}", {"png": png.getvalue(), "cls": b"%08d" % (i % 10 - 1), "index": b"%08d" % i})
             shards.append(writer.close())
-        return ShardFolder(folder, "train", len(images), None, "png", None, tuple(shards))
+        shapes = {image.shape[:2] for image in images}
+        shape = shapes.pop() if len(shapes) == 1 else None
+        return ShardFolder(folder, "train", len(images), None, "png", None, tuple(shards), shape)
 
     return write
 

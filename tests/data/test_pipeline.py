@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def made(shards_of):
 
     from trainer.data import pipeline
 
-    def make(images, size: int, augmentation: Augmentation | None = SOME, **draws) -> torch.Tensor:
+    def make(images, size: int, augmentation: Augmentation | None = SOME, shape_known=True, **draws) -> torch.Tensor:
         n = len(images)
         ones, zeros = np.ones(n, np.float32), np.zeros(n, np.float32)
         neutral = {"extent": np.ones((n, 2)), "anchor": np.zeros((n, 2))}
@@ -42,10 +43,12 @@ def made(shards_of):
             for name, value in (neutral | draws).items()
         }
         view = ViewSpec("v", 1, size, augmentation)
+        folder = shards_of(images, name=f"images-{RNG.integers(1 << 40)}")
+        folder = folder if shape_known else replace(folder, image_shape=None)
         graph = pipeline.build(
-            shards_of(images, name=f"images-{RNG.integers(1 << 40)}"),
+            folder,
             [view],
-            lambda _: pipeline.to_arguments([view], {"v": drawn}),
+            lambda _: pipeline.to_arguments([view], {"v": drawn}, folder.image_shape),
             batch_size=n,
             rank=0,
             world_size=1,
@@ -131,17 +134,28 @@ def test_crops_are_torchvisions_but_for_the_pixels_across_their_edge(made, sourc
     assert apart.mean() < 3
 
 
-def test_crops_of_oblong_images_lie_where_crop_box_says(made):
+@pytest.mark.parametrize("shape_known", [True, False])
+def test_crops_of_oblong_images_lie_where_crop_box_says(made, shape_known):
     y, x = np.mgrid[0:90, 0:150]
     images = [np.stack([x + 0.5, y + 0.5, 0 * x], -1).astype(np.uint8)] * N  # red says where across, green where down
     extent, anchor = np.sqrt(RNG.uniform(0.2, 1.0, (N, 2))), RNG.uniform(0, 1, (N, 2))
-    pixels = made(images, 50, extent=extent, anchor=anchor)
+    pixels = made(images, 50, shape_known=shape_known, extent=extent, anchor=anchor)
     box = torch.from_numpy(crop_box(extent, anchor, 90, 150))
     centre = torch.stack([90 * (box[:, 0] + box[:, 2]), 150 * (box[:, 1] + box[:, 3])]) / 2 - 0.5
     assert (pixels[:, 1, 25].mean(-1) + pixels[:, 1, 24].mean(-1) - 2 * centre[0]).abs().max() < 1.5
     assert (pixels[:, 0, :, 25].mean(-1) + pixels[:, 0, :, 24].mean(-1) - 2 * centre[1]).abs().max() < 1.5
     across = (pixels[:, 0, 25, 40] - pixels[:, 0, 25, 10]) / 30 * 50
     assert (across - 150 * (box[:, 3] - box[:, 1])).abs().max() < 4
+
+
+@pytest.mark.parametrize(("height", "width", "tolerance"), [(32, 32, 0), (96, 96, 0), (48, 96, 1)])
+def test_a_known_shape_changes_no_crop(made, height, width, tolerance):
+    """Squares to the bit; where the graph takes logarithms of an oblong's sides and numpy a root, an edge moves by 1e-7."""
+    images = [image[:height, :width] for image in pictures(96)]
+    draws = {"extent": np.sqrt(RNG.uniform(0.08, 1.0, (N, 2))), "anchor": RNG.uniform(0, 1, (N, 2))}
+    apart = (made(images, 32, **draws) - made(images, 32, shape_known=False, **draws)).abs()
+    assert apart.max() <= tolerance * 1.001
+    assert apart.mean() < 1e-3
 
 
 @pytest.mark.parametrize(("shape", "size", "shorter"), [((120, 168), 96, 110), ((168, 120), 96, 110), ((40, 32), 32, 32)])
@@ -152,11 +166,12 @@ def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(made, shape,
     assert difference(made(images, size, None), theirs)[..., 2:-2, 2:-2].mean() < 0.4
 
 
-def test_the_graph_for_a_gpu_can_be_drawn_without_one(numbered):
+@pytest.mark.parametrize("shape", [None, (8, 8)])
+def test_the_graph_for_a_gpu_can_be_drawn_without_one(numbered, shape):
     from trainer.data import pipeline
 
     views = [ViewSpec("v", 2, 32, Augmentation()), ViewSpec("plain", 1, 32, None)]
     options = {"batch_size": 2, "rank": 0, "world_size": 1, "threads": 1, "seed": 0, "shuffle_buffer": 0}
-    graph = pipeline.build(numbered(4), views, lambda _: [], device_id=0, **options)
+    graph = pipeline.build(replace(numbered(4), image_shape=shape), views, lambda _: [], device_id=0, **options)
     graph._build_graph()
     assert [output.device for output in graph._graph_outputs] == ["gpu"] * 3 + ["cpu"] * 2

@@ -26,6 +26,14 @@ def test_the_table_of_factors_is_in_the_order_of_index(train: Path) -> None:
     assert table[200].tolist() == list(json.loads(b'{"hue": ' + text + b"}").values())
 
 
+def test_a_manifest_from_before_image_shape_opens(train: Path) -> None:
+    assert ShardFolder.open(train).image_shape == (32, 32)
+    manifest = json.loads((train / "manifest.json").read_text())
+    del manifest["image_shape"]
+    (train / "manifest.json").write_text(json.dumps(manifest))
+    assert ShardFolder.open(train).image_shape is None
+
+
 def spoil_missing_tar(train: Path) -> None:
     (train / "train-000001.tar").unlink()
 

@@ -226,3 +226,4 @@ def test_the_manifest_tells_what_the_folder_holds(synthetic_shards: Path) -> Non
     assert manifest["samples"] == sum(shard["samples"] for shard in manifest["shards"]) == 450
     assert manifest["classes"] == list(synthetic.CLASSES)
     assert (manifest["format"], manifest["split"], manifest["image_size"], manifest["seed"]) == (1, "train", [32, 32], 0)
+    assert manifest["image_shape"] == [32, 32]

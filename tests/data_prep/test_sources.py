@@ -256,6 +256,8 @@ def test_dali_decodes_every_kind_as_pillow_does_upright(extensions: tuple[str, .
     make("imagefolder", str(tmp_path / "in"), str(tmp_path / "out"), validation=0, workers=1)
     split = ShardFolder.open(tmp_path / "out" / "train")
     assert split.image_extension == extensions[0]
+    shapes = {image.shape[:2] for image in expected}
+    assert split.image_shape == (shapes.pop() if len(shapes) == 1 else None)
 
     @pipeline_def(batch_size=split.samples, num_threads=1, device_id=None)
     def pipeline():

@@ -80,9 +80,9 @@ def crop_box(extent: np.ndarray, anchor: np.ndarray, height: int, width: int) ->
     Draws come before the image is known, and a group shares them over images of many shapes. So a draw fixes the area (as a
     fraction of the image), the ratio in pixels and the relative place. Where such a box does not fit an oblong image, the
     largest box of the same ratio is taken (torchvision draws again); in a square image every box fits. `pipeline.py` does
-    the same in its graph.
+    the same in its graph where the images differ in shape.
     """
-    sides = extent * np.sqrt([width / height, height / width])
+    sides = extent * np.sqrt([width / height, height / width]).astype(extent.dtype)
     sides = sides / np.maximum(1, sides.max(-1, keepdims=True))
     start = anchor * (1 - sides)
     return np.concatenate([start, start + sides], -1)

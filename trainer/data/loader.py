@@ -177,7 +177,7 @@ class Loader:
             )
             for view in self.views
         }
-        return pipeline.to_arguments(self.views, self._drawn[iteration])
+        return pipeline.to_arguments(self.views, self._drawn[iteration], self.folder.image_shape)
 
     def _take(self) -> tuple[dict[str, Tensor], dict[str, dict[str, np.ndarray]]]:
         """The next outputs of DALI and the draws they were made with."""
@@ -208,6 +208,7 @@ class Loader:
         shards = "".join(shard.sha256 for shard in self.folder.shards)
         return {
             "shards": hashlib.sha256(shards.encode()).hexdigest()[:16],
+            "image_shape": self.folder.image_shape and list(self.folder.image_shape),  # which of two graphs
             "batch_size": self.batch_size,
             "rank": self.rank,
             "world_size": self.world_size,

@@ -19,6 +19,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali import math as dmath
 from nvidia.dali.data_node import DataNode
 
+from trainer.data.augment import crop_box
 from trainer.data.shards import ShardFolder
 from trainer.data.views import ViewSpec
 
@@ -46,8 +47,8 @@ def build(
     Args:
         folder: the shards; each rank reads a range of samples, padded so that all have equally many batches.
         views: what to make.
-        arguments: iteration -> arrays [batch_size, ...] as `to_arguments` returns them; besides the reader's shuffling the
-            only source of randomness.
+        arguments: iteration -> arrays [batch_size, ...] as `to_arguments` returns them for the folder's `image_shape`; besides
+            the reader's shuffling the only source of randomness.
         device_id: of the GPU, None for the CPU.
         shuffle_buffer: samples in the reader's shuffle buffer; 0 reads in order.
         checkpoint: of an equal pipeline, to go on from.
@@ -60,13 +61,13 @@ def build(
         gpu = device_id is not None
         # The GPU's fixed-function JPEG decoder is left out: its pixels differ, and so would a resumed run on another GPU.
         images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **({"hw_decoder_load": 0.0} if gpu else {}))
-        sides = _sides_of_a_square(images)
-        count = sum(view.count * len(_parameters(view)) for view in views)
+        sides = None if folder.image_shape else _sides_of_a_square(images)
+        count = sum(view.count * len(_parameters(view, folder.image_shape)) for view in views)
         drawn = iter(fn.external_source(source=arguments, num_outputs=count, batch=True) if count else ())
         outputs = []
         for view in views:
             for _ in range(view.count):
-                parameters = {name: next(drawn) for name in _parameters(view)}
+                parameters = {name: next(drawn) for name in _parameters(view, folder.image_shape)}
                 pixels = _augmented(images, sides, view.size, parameters) if parameters else _plain(images, view.size)
                 outputs.append(_centre(pixels, parameters.get("flip", 0), view.size))
         return *outputs, label, index
@@ -75,8 +76,10 @@ def build(
     return define(batch_size=batch_size, num_threads=threads, device_id=device_id, seed=seed * world_size + rank)
 
 
-def to_arguments(views: Sequence[ViewSpec], draws: dict[str, dict[str, np.ndarray]]) -> list[np.ndarray]:
-    """The draws of `augment.draw_view` by view name, as the graph of the same views takes them."""
+def to_arguments(
+    views: Sequence[ViewSpec], draws: dict[str, dict[str, np.ndarray]], image_shape: tuple[int, int] | None
+) -> list[np.ndarray]:
+    """The draws of `augment.draw_view` by view name, as the graph of the same views and a folder of that shape takes them."""
     arrays = []
     for view in views:
         drawn = draws[view.name]
@@ -86,16 +89,19 @@ def to_arguments(views: Sequence[ViewSpec], draws: dict[str, dict[str, np.ndarra
                 # Beyond three standard deviations the kernel is below what uint8 resolves.
                 "window": np.minimum(_kernel(view.size), 2 * np.ceil(3 * drawn["sigma"]) + 1).astype(np.int32),
             }
-            arrays += [adapted[name][copy] for copy in range(view.count) for name in _parameters(view)]
+            if image_shape:  # one call a batch; in the graph it is a dozen operators an image
+                box = crop_box(drawn["extent"], drawn["anchor"], *image_shape)
+                adapted |= {"start": np.ascontiguousarray(box[..., :2]), "end": np.ascontiguousarray(box[..., 2:])}
+            arrays += [adapted[name][copy] for copy in range(view.count) for name in _parameters(view, image_shape)]
     return arrays
 
 
-def _parameters(view: ViewSpec) -> tuple[str, ...]:
+def _parameters(view: ViewSpec, image_shape: tuple[int, int] | None) -> tuple[str, ...]:
     """Names of the arguments that one copy of a view takes, in order."""
     if view.augmentation is None:
         return ()
     blur = ("sigma", "window") if view.augmentation.blur > 0 and _kernel(view.size) > 1 else ()
-    return ("extent", "anchor", "flip", *blur)
+    return (*(("start", "end") if image_shape else ("extent", "anchor")), "flip", *blur)
 
 
 def _kernel(size: int) -> int:
@@ -130,12 +136,18 @@ def _sides_of_a_square(images: DataNode) -> DataNode:
     return dmath.exp(fn.reductions.mean(log_side) - log_side)
 
 
-def _augmented(images: DataNode, sides: DataNode, size: int, drawn: dict[str, DataNode]) -> DataNode:
-    """uint8 [size, size, 3] from the draws of one copy."""
+def _box(sides: DataNode, drawn: dict[str, DataNode]) -> tuple[DataNode, DataNode]:
+    """Start and end of the crop, as `augment.crop_box`."""
     box = drawn["extent"] * sides
     box = box / dmath.max(fn.reductions.max(box), 1.0)
     start = drawn["anchor"] * (1.0 - box)
-    x = fn.resize(images, size=[size, size], roi_start=start, roi_end=start + box, roi_relative=True, **RESAMPLING)
+    return start, start + box
+
+
+def _augmented(images: DataNode, sides: DataNode | None, size: int, drawn: dict[str, DataNode]) -> DataNode:
+    """uint8 [size, size, 3] from the draws of one copy."""
+    start, end = (drawn["start"], drawn["end"]) if sides is None else _box(sides, drawn)
+    x = fn.resize(images, size=[size, size], roi_start=start, roi_end=end, roi_relative=True, **RESAMPLING)
     if "sigma" in drawn:
         sigma = drawn["sigma"]
         if sigma > 0.0:

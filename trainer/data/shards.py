@@ -43,6 +43,7 @@ class ShardFolder:
         image_extension: component of each sample that holds the image: "png", "jpg" or "webp".
         factors: names of the generative factors in each sample's `json`, None for real images.
         shards: the tars in order; their samples are numbered 0, 1, ... through all of them.
+        image_shape: height and width of every image as decoded, None where they differ or the manifest does not say.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class ShardFolder:
     image_extension: str
     factors: tuple[str, ...] | None
     shards: tuple[Shard, ...]
+    image_shape: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "ShardFolder":
@@ -74,6 +76,7 @@ class ShardFolder:
         """
         path = Path(path)
         manifest = _read_manifest(path)
+        shape = manifest.get("image_shape")
         return cls(
             path=path,
             split=manifest["split"],
@@ -82,6 +85,7 @@ class ShardFolder:
             image_extension=manifest["image_extension"],
             factors=_names(manifest["factors"]),
             shards=tuple(Shard(**shard) for shard in manifest["shards"]),
+            image_shape=None if shape is None else (shape[0], shape[1]),
         )
 
     @property
@@ -162,7 +166,7 @@ def _read_manifest(path: Path) -> dict:
 
 def _check_sizes(path: Path, shard: Shard) -> None:
     tar, index = path / shard.name, path / shard.index_name
-    remake = f"Copy it again, or make it again: the make_shards.py command of {path.parent} with --overwrite."
+    remake = f"Copy it again, or add --overwrite: {REMAKE.format(path.parent)}"
     for file in (tar, index):
         if not file.is_file():
             raise UserError(f"{file} is missing", "every file that manifest.json lists", remake)
