@@ -363,7 +363,10 @@ def _download(name: str, root: str) -> None:
 def _imagefolder(root: Path) -> Source:
     """ROOT/train/CLASS/*, with ROOT/test or else ROOT/val as test; without train/, everything in ROOT is for training."""
     train_root = root / "train" if (root / "train").is_dir() else root
-    test_root = next((root / n for n in ("test", "val") if train_root != root and (root / n).is_dir()), None)
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if train_root == root and tests:  # a split would be taken for a class
+        raise UserError(f"{root} has {tests[0].name}/ and no train/", "train/CLASS/*.jpg beside it", "Correct --root.")
+    test_root = tests[0] if tests else None
     listing = {folder: _walk(folder) for folder in (train_root, test_root) if folder}
     classes = sorted({_class_of(name) for name, _ in listing[train_root]} - {""})
     if not listing[train_root]:

@@ -166,7 +166,7 @@ def _read_manifest(path: Path) -> dict:
 
 def _check_sizes(path: Path, shard: Shard) -> None:
     tar, index = path / shard.name, path / shard.index_name
-    remake = f"Copy it again, or add --overwrite: {REMAKE.format(path.parent)}"
+    remake = f"Copy it again, or make it again: the make_shards.py command of {path.parent} with --overwrite."
     for file in (tar, index):
         if not file.is_file():
             raise UserError(f"{file} is missing", "every file that manifest.json lists", remake)
