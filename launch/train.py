@@ -1,5 +1,6 @@
 """Train a backbone: `deepspeed launch/train.py --recipe care_cifar10 --nodes 1 --optimiser.lr 1e-3`, or torchrun, or python."""
 
+import os
 import sys
 from typing import Any
 
@@ -29,6 +30,8 @@ def train(recipe: str = "demo", nodes: int | None = None, dry_run: bool = False,
 
         print_plan(run, nodes)
         return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{run.recipe}: loading", flush=True)  # the imports take seconds
     from trainer.loop import train as run_to_end
 
     if code := run_to_end(run, nodes):

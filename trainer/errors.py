@@ -1,5 +1,7 @@
 """The one exception a user sees: what was found, what was expected, what to do; and the exit codes of a run."""
 
+import difflib
+import inspect
 import sys
 from collections.abc import Callable
 
@@ -35,9 +37,29 @@ def exit_with_one_line(main: Callable[..., None]) -> None:
     # A command that takes any setting would take --help for one; fire's own form of the flag stands behind "--".
     command = ["--", "--help"] if {"--help", "-h"} & set(sys.argv[1:]) else None
     try:
+        if command is None:
+            _check_flags(main, sys.argv[1:])
         fire.Fire(main, command=command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _check_flags(main: Callable[..., None], arguments: list[str]) -> None:
+    """Refuse unknown and missing flags before the work: fire would find them after it."""
+    parameters = inspect.signature(main).parameters
+    flags = [argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
+    any_flag = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for flag in flags:
+        if flag not in parameters and not any_flag:
+            near = difflib.get_close_matches(flag, parameters, n=1)
+            hint = f"Did you mean --{near[0]}?" if near else "See --help."
+            raise UserError(f"unknown flag --{flag}", f"one of --{', --'.join(parameters)}", hint)
+    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    words = sum(not argument.startswith("--") for argument in arguments)
+    words -= sum(argument.startswith("--") and "=" not in argument for argument in arguments)  # at least so many stand alone
+    for name in required[max(0, words) :]:
+        if name not in flags:
+            raise UserError(f"--{name} is missing", "a value for it", "See --help.")

@@ -70,7 +70,8 @@ def print_plan(run: Run, nodes: int | None) -> None:
     if world.rank:
         return
     console = Console()
-    console.print(yaml.safe_dump(to_tree(run), sort_keys=False, default_flow_style=None, width=120), highlight=False)
+    settings = yaml.safe_dump(to_tree(run), sort_keys=False, default_flow_style=None, width=120)
+    console.print(settings, highlight=False, soft_wrap=True)
     table = Table(show_header=False, title=f"{run.recipe}: what it would do", title_justify="left")
     for name, value in [*_length(run, world), *_cost(cost)]:
         table.add_row(name, value)

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.errors import UserError
 
 FORMAT = 1
-REMAKE = "Make it again: python data_prep/make_shards.py --out {} (it resumes what was interrupted)."
+REMAKE = "Make it: python data_prep/make_shards.py --source SOURCE --root DIR --out {} (it resumes what was interrupted)."
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The engine of torch's DistributedDataParallel; alone, of nothing but autograd."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from trainer.config import Run
 from trainer.data.views import Batch
 from trainer.engine.world import World
 from trainer.objectives.objective import Loss, Objective
+
+# Under channels_last the gradients of 1x1 convolutions come in another layout than the buckets': a copy, not an error.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 class DDPEngine:

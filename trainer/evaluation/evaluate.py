@@ -75,8 +75,9 @@ def evaluate(
     Raises:
         UserError: no such or a damaged checkpoint, missing shards, or a split that was trained on.
     """
-    if split == "train":
-        raise UserError("--split is train", "images that the model has not seen", "Use test for a result, val for a choice.")
+    if split not in ("val", "test"):
+        found = f"--split is {split}"
+        raise UserError(found, "val or test, images that the model has not seen", "Use test for a result, val for a choice.")
     for name, value in {"images": images, "draws": draws, "passes": passes, "batch_size": batch_size, "seed": seed}.items():
         low = 0 if name == "seed" else 1
         if type(value) is not int or value < low:
