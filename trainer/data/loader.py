@@ -108,8 +108,9 @@ class Loader:
             rows = min(rows, self._samples - step * rows)
         elif step == self.steps_per_epoch:
             self._take()  # the batch that not every rank could fill
-        outputs, draws = self._take()
-        batch = self._batch(outputs, draws, rows)
+        with _one_thread():
+            outputs, draws = self._take()
+            batch = self._batch(outputs, draws, rows)
         self.wait_s = time.perf_counter() - start
         return batch
 
@@ -230,6 +231,17 @@ class Loader:
                 raise
             check = f"Run `python data_prep/check_shards.py {self.folder.path}` and make the shards it names again."
             raise UserError(f"{damage} is damaged", "shards that can be read to the end", check) from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch's own threads would only wait for one another here: DALI's threads have the other cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rank_batch_size(batch_size: int, world_size: int, views: Sequence[ViewSpec]) -> int:
