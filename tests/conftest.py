@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: bits depend on the number of threads, and runs.py sets one
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is the CPU's promise; benchmarks/gpu_check.py is for GPUs
 
 
