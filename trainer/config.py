@@ -44,6 +44,14 @@ class Augmentation:
     grayscale: float = setting(0.2, "probability of dropping the colour", low=0.0, high=1.0)
     blur: float = setting(0.5, "probability of a Gaussian blur", low=0.0, high=1.0)
     blur_sigma: tuple[float, float] = setting((0.1, 2.0), "standard deviation of the blur, pixels", low=0.0, high=100)
+    second: dict[str, Any] = setting(dict, "what differs in the second view of a pair, by the names of this section")
+    local: dict[str, Any] = setting(dict, "what differs in the small crops of multi-crop methods")
+
+    def variant(self, name: Literal["second", "local"]) -> "Augmentation":
+        """This distribution with what differs in the second view, or in the small crops."""
+        tree = dataclasses.asdict(self) | {"second": {}, "local": {}} | getattr(self, name)
+        varied: Augmentation = _build(Augmentation, tree, f"augmentation.{name}")
+        return varied
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,7 @@ def load_run(recipe: str, overrides: dict[str, Any] | None = None) -> Run:
 def from_tree(tree: dict[str, Any]) -> Run:
     """Build a Run from nested dictionaries, as `to_tree` returns them."""
     run: Run = _build(Run, tree, "")
+    run.augmentation.variant("second"), run.augmentation.variant("local")  # a wrong key is an error now
     if run.objective is None:
         raise UserError("objective.name is missing", "the name of a registered objective", "Add `objective: {name: care}`.")
     return run

@@ -45,12 +45,13 @@ def _train(trainer: Trainer, stop: "_Stop") -> int:
         while progress.step < trainer.steps:
             batch = next(trainer.loader)
             trainer.schedule.step_update(progress.step)
+            trainer.objective.before_step(progress.step / trainer.steps, progress.step / trainer.loader.steps_per_epoch)
             torch.manual_seed(_step_seed(run.seed, trainer.world.rank, progress.step))
             loss = trainer.engine.forward(batch)
             trainer.engine.backward(loss.total)
             trainer.engine.step()
             progress.step += 1
-            trainer.objective.after_step(progress.step / trainer.steps)
+            trainer.objective.after_step()
 
             meter.step(progress.step, loss, trainer.optimiser.param_groups[0]["lr"], trainer.loader.wait_s)
             if progress.step % run.tracking.log_every == 0:

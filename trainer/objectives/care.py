@@ -11,6 +11,9 @@ from trainer.engine.world import world_size
 from trainer.errors import UserError
 from trainer.objectives.objective import Loss, Objective, register, registry
 from trainer.ops.gram import gram_equivariance
+from trainer.ops.rotation_fit import rotation_equivariance
+
+TERMS = {"gram": gram_equivariance, "rotation": rotation_equivariance}
 
 
 @register("care")
@@ -27,9 +30,11 @@ class Care(Objective):
 
         name: str = setting("care", "this objective")
         base: Any = setting(MISSING, "the base objective: its `name` and settings")
-        weight: float = setting(1.0, "weight of the equivariance term, on the mean over pairs", low=0.0)
+        weight: float = setting(1.0, "weight of the equivariance term, a mean over pairs (gram) or images (rotation)", low=0.0)
         groups: int = setting(16, "groups in the global batch; the paper's splits", low=1)
-        term: Literal["gram"] = setting("gram", "how equivariance is measured")
+        term: Literal["gram", "rotation"] = setting(
+            "gram", "gram: change of the inner products; rotation: what the best orthogonal map of a group leaves"
+        )
         views: Literal["shared", "separate"] = setting(
             "shared", "shared: the base loss sees the group-shared views (2 passes); separate: views of its own (4 passes)"
         )
@@ -38,6 +43,12 @@ class Care(Objective):
     def __init__(self, backbone: nn.Module, settings: Settings, augmentation: Augmentation, size: int) -> None:
         if settings.base.name == settings.name:
             raise UserError("objective.base.name is 'care'", "an objective that has a loss of its own", "Use simclr.")
+        if settings.reference_scale and settings.term != "gram":
+            raise UserError(
+                f"objective.reference_scale is true, objective.term is '{settings.term}'",
+                "the released code's scale with its term, gram",
+                "Set objective.reference_scale to false and choose the weight anew.",
+            )
         nn.Module.__init__(self)  # the backbone belongs to the base: owned twice, it would be saved twice
         self.settings, self.augmentation, self.size = settings, augmentation, size
         self.base = registry()[settings.base.name](backbone, settings.base, augmentation, size)
@@ -45,23 +56,24 @@ class Care(Objective):
     def views(self) -> list[ViewSpec]:
         """One pair of views per group of images; beside the base's own where views are separate."""
         paired = ViewSpec("paired", 2, self.size, self.augmentation, shared_by="group", groups=self.settings.groups)
-        return [paired] if self.settings.views == "shared" else [*self.base.views(), paired]
+        pair, *others = self.base.views()
+        return [paired, *others] if self.settings.views == "shared" else [pair, *others, paired]
 
     def embed(self, images: Tensor) -> Tensor:
         """The base's embedding, [N, d]: this is what turns."""
         return self.base.embed(images)
 
     def forward(self, batch: Batch) -> Loss:
-        """The base's loss plus the weighted Gram term of the paired views."""
+        """The base's loss plus the weighted equivariance term of the paired views."""
         paired = batch.views["paired"]
         if self.settings.views == "shared":
-            base = self.base.loss(paired)
+            base = self.base.loss(paired, batch)
             z = base.embeddings
         else:
             base = self.base(batch)
             z = self.embed(paired.flatten(0, 1)).unflatten(0, paired.shape[:2])
         groups = self.settings.groups // world_size()
-        equivariance = gram_equivariance(z[0], z[1], groups)
+        equivariance = TERMS[self.settings.term](z[0], z[1], groups)
         weight = self.settings.weight
         if self.settings.reference_scale:
             weight = weight * 2 * (paired.shape[1] // groups - 1)
@@ -75,6 +87,10 @@ class Care(Objective):
         """The base's representation."""
         return self.base.represent(images)
 
-    def after_step(self, progress: float) -> None:
-        """The base's own update."""
-        self.base.after_step(progress)
+    def before_step(self, progress: float, epoch: float) -> None:
+        """The base's own."""
+        self.base.before_step(progress, epoch)
+
+    def after_step(self) -> None:
+        """The base's own."""
+        self.base.after_step()

@@ -50,15 +50,15 @@ class Objective(nn.Module):
         self.bf16 = False
         self.channels_last = False
 
-    def encode(self, images: Tensor) -> Tensor:
-        """The backbone's features [N, D] in the type of the images.
+    def encode(self, images: Tensor, backbone: nn.Module | None = None) -> Tensor:
+        """The features [N, D] of the backbone, or of another such as its teacher, in the type of the images.
 
         Only the backbone computes in bfloat16: heads and losses are small, and inner products need the bits. channels_last
         is a matter of the images: convolutions follow their input, and DeepSpeed refuses weights in that layout.
         """
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         with torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            features: Tensor = self.backbone(images.contiguous(memory_format=layout))
+            features: Tensor = (backbone or self.backbone)(images.contiguous(memory_format=layout))
         return features.to(images.dtype)
 
     def no_weight_decay(self) -> set[str]:
@@ -74,16 +74,22 @@ class Objective(nn.Module):
         """Images [N, 3, H, W] to the embedding that the objective shapes, unit-norm float32 [N, d]."""
         raise NotImplementedError
 
-    def loss(self, views: Tensor) -> Loss:
-        """The loss of two views of every image, [2, B, 3, H, W]; a wrapper such as CARE brings its own views."""
+    def loss(self, pair: Tensor, batch: Batch) -> Loss:
+        """The loss of two views of every image, [2, B, 3, H, W]; a wrapper such as CARE brings its own pair.
+
+        The batch holds what else the objective asked for.
+        """
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of a batch that holds the views asked for."""
         raise NotImplementedError
 
-    def after_step(self, progress: float) -> None:
-        """Update what follows the weights (teachers, centres); progress in [0, 1]."""
+    def before_step(self, progress: float, epoch: float) -> None:
+        """Set what depends on how far the run is (temperatures, momentum): progress in [0, 1), epochs done, before the step."""
+
+    def after_step(self) -> None:
+        """Update what follows the weights (teachers, centres, queues)."""
 
     def represent(self, images: Tensor) -> dict[str, Tensor]:
         """Named parts of the representation for probes: "full" [N, D]."""
