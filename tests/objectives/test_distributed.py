@@ -25,6 +25,7 @@ OBJECTIVES = {
     "care, shared views": ("care", CARE | {"views": "shared"}),
     "care, separate views": ("care", CARE | {"views": "separate"}),
     "care, reference scale": ("care", CARE | {"views": "shared", "reference_scale": True}),
+    "care, rotation term": ("care", CARE | {"views": "shared", "term": "rotation"}),
 }
 
 
