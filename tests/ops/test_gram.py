@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import ortho_group
 from torch.nn.functional import normalize
 
-from trainer.ops.gram import gram_equivariance
+from trainer.ops.gram import _gram_equivariance, gram_equivariance
 
 
 def embeddings(n: int, d: int, seed: int) -> torch.Tensor:
@@ -34,12 +34,53 @@ def test_value_and_gradient_follow_the_definition(groups, size, d, seed):
     assert torch.autograd.gradcheck(lambda a, b: gram_equivariance(a, b, groups), (z1, z2))
 
 
-def test_float32_loses_nothing_to_cancellation_where_views_nearly_agree():
+def matrices(z: torch.Tensor, groups: int) -> torch.Tensor:
+    k1, k2 = (torch.block_diag(*(rows @ rows.T for rows in view.chunk(groups))) for view in z)
+    size = z.shape[1] // groups
+    return (k1 - k2).fill_diagonal_(0).square().sum() / (groups * size * (size - 1))
+
+
+def ours(z: torch.Tensor, groups: int) -> torch.Tensor:
+    return gram_equivariance(z[0], z[1], groups)
+
+
+def value_and_gradient(loss, z: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z.clone().requires_grad_()
+    value = loss(z, groups)
+    return value.detach(), torch.autograd.grad(value, z)[0]
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-2, 1e-4])
+def test_float32_loses_nothing_to_cancellation_where_views_nearly_agree(noise):
     z1 = embeddings(64, 32, 0)
-    z2 = normalize(z1 + 1e-4 * embeddings(64, 32, 1))
-    assert gram_equivariance(z1.float(), z2.float(), 4).item() == pytest.approx(
-        definition(z1.float().double(), z2.float().double(), 4), rel=1e-3
-    )
+    z = torch.stack([z1, normalize(z1 + noise * embeddings(64, 32, 1))]).float()
+    found, slope = value_and_gradient(ours, z, 4)
+    expected, expected_slope = value_and_gradient(matrices, z.double(), 4)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (slope - expected_slope).norm() < 1e-5 * expected_slope.norm()
+
+
+def test_half_precision_is_computed_in_float32_and_autocast_changes_nothing():
+    z = torch.stack([embeddings(20, 16, 0), embeddings(20, 16, 1)]).bfloat16()
+    expected, slope = value_and_gradient(ours, z.float(), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, found_slope = value_and_gradient(ours, z, 4)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(found_slope, slope.bfloat16())
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_is_a_proper_operator(gradient):
+    z = embeddings(24, 5, 0).float().reshape(2, 3, 4, 5).requires_grad_(gradient)
+    torch.library.opcheck(_gram_equivariance, (z, gradient))
+
+
+def test_compiles_without_a_break_to_the_same_bits():
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    z = embeddings(24, 5, 0).reshape(2, 12, 5)
+    for found, expected in zip(*(value_and_gradient(f, z, 3) for f in (compiled, ours)), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_zero_exactly_when_every_group_is_turned_by_an_orthogonal_map_of_its_own():

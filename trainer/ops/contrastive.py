@@ -7,7 +7,6 @@ from torch import Tensor
 
 CHUNK = 2**20  # logits at a time where there is no kernel: 4 MiB stay in a CPU's cache, and products of them are efficient
 MASKED = -1e30  # logit of an image with itself: its exponential is 0, but unlike infinity it can be subtracted from itself
-WIDEST = 512  # dimension that the kernel's tiles have room for
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float, rows: slice = slice(None)) -> Tensor:
@@ -33,7 +32,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, rows: slice = slice(None
 @torch.library.custom_op("care::nt_xent", mutates_args=())
 def _nt_xent(z: Tensor, temperature: float, start: int, stop: int, gradient: bool) -> tuple[Tensor, Tensor]:
     """Loss of the images from start to stop in z [2, N, d], and its gradient if wanted: the softmax is at hand only now."""
-    if z.is_cuda and z.dtype == torch.float32 and z.shape[2] <= WIDEST:
+    if z.is_cuda and z.dtype == torch.float32:
         from trainer.ops.kernels.contrastive import nt_xent_fused  # Triton comes with torch for GPUs only
 
         return nt_xent_fused(z, temperature, start, stop, gradient)
@@ -42,7 +41,7 @@ def _nt_xent(z: Tensor, temperature: float, start: int, stop: int, gradient: boo
 
 @_nt_xent.register_fake
 def _(z: Tensor, temperature: float, start: int, stop: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    return z.new_empty(()), torch.empty_like(z if gradient else z[:0])
+    return z.new_empty(()), z.new_empty(z.shape if gradient else 0)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -67,11 +66,11 @@ def nt_xent_chunked(z: Tensor, temperature: float, start: int, stop: int, gradie
     w_j, and -sigmoid(x) at the other view.
     """
     everyone, images, views = z.flatten(0, 1), z.shape[1], 2 * (stop - start)
-    loss, slope = z.new_zeros(()), torch.zeros_like(z if gradient else z[:0])
+    loss, slope = z.new_zeros(()), z.new_zeros(z.shape if gradient else 0)
     step = max(1, CHUNK // (4 * images))
     for first in range(start, stop, step):
         own = slice(first, min(first + step, stop))
-        view, partner = z[:, own].flatten(0, 1), z.flip(0)[:, own].flatten(0, 1)
+        view, partner = z[:, own].flatten(0, 1), z[:, own].flip(0).flatten(0, 1)
         logits = (view / temperature) @ everyone.T
         logits.view(2, -1, 2, images)[..., own].diagonal(dim1=1, dim2=3).fill_(MASKED)
         top = logits.amax(1, keepdim=True)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 128  # images a group whose Gram matrix one program of the kernel can hold
+LARGEST = 64  # images a group of the kernel: the Gram matrix of more spills a program's registers
 
 
 def gram_equivariance(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
@@ -38,7 +38,7 @@ def _gram_equivariance(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
 
 @_gram_equivariance.register_fake
 def _(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    return z.new_empty(()), torch.empty_like(z if gradient else z[:0])
+    return z.new_empty(()), z.new_empty(z.shape if gradient else 0)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -69,6 +69,6 @@ def gram_equivariance_batched(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor
     pairs = len(z1) * z1.shape[1] * (z1.shape[1] - 1)
     loss = difference.square().sum() / pairs
     if not gradient:
-        return loss, z[:0].clone()
+        return loss, z.new_empty(0)
     difference *= 4 / pairs
     return loss, torch.stack([torch.bmm(difference, z1), torch.bmm(difference, z2).neg_()])
