@@ -15,7 +15,6 @@ On a machine without the project's packages or a network, carry them: `benchmark
 # argparse and not fire, which every other command line here uses: fire is not everywhere that this script must run.
 import argparse
 import importlib
-import os
 import re
 import secrets
 import sys
@@ -23,8 +22,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project need not be installed
-
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that asking for a GPU starts no CUDA in this process
 
 import torch
 

@@ -15,13 +15,13 @@ from trainer.data.colour import colour
 from trainer.data.views import Batch
 
 
-@part(limit_s=150, needs=("timm",))
+@part(limit_s=200, needs=("timm",))
 def cifar10_simclr(check: Check) -> Iterator[Row]:
     """CIFAR-10, SimCLR: ResNet-18, 10 epochs; kNN on the test images."""
     yield from _trained(check, "simclr_cifar10")
 
 
-@part(limit_s=150, needs=("timm",))
+@part(limit_s=200, needs=("timm",))
 def cifar10_care(check: Check) -> Iterator[Row]:
     """CIFAR-10, CARE with shared views: ResNet-18, 10 epochs; kNN on the test images."""
     yield from _trained(check, "care_cifar10")

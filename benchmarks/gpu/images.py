@@ -83,11 +83,10 @@ def shards(images: np.ndarray, label: np.ndarray, folder: Path, extension: str =
 
 
 def _encoded(images: np.ndarray, extension: str) -> Iterator[bytes]:
+    options = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 90}}[extension]
     for image in images:
         file = io.BytesIO()
-        Image.fromarray(image).save(
-            file, {"png": "PNG", "jpg": "JPEG"}[extension], **({"quality": 90} if extension == "jpg" else {})
-        )
+        Image.fromarray(image).save(file, **options)
         yield file.getvalue()
 
 

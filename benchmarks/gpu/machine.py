@@ -5,12 +5,13 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.measure import seconds
-from benchmarks.gpu.part import Check, Row, part
+from benchmarks.gpu.part import FORK, Check, Row, part
 
 PACKAGES = (
     "numpy",
@@ -27,11 +28,12 @@ PACKAGES = (
 
 
 def describe() -> dict:
-    """What a number has to be read with. Asks the driver, and leaves CUDA alone: the parts' processes are forked."""
-    gpu, _, driver = _answer("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition(", ")
+    """What a number has to be read with."""
+    with ProcessPoolExecutor(1, FORK) as other:  # this process must not start CUDA: the parts' are forked from it
+        gpu = other.submit(_gpu).result()
     return {
-        "gpu": gpu if torch.cuda.is_available() else None,
-        "driver": driver or None,
+        "gpu": gpu,
+        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": version("triton"),
@@ -77,6 +79,10 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _answer(*command: str) -> str:

@@ -45,7 +45,7 @@ def throughput(check: Check) -> Iterator[Row]:
 def stream(check: Check, training: Training) -> tuple[Iterator[Batch] | None, str]:
     """Batches of drawn images: DALI's from shards; else, at 32 px, torch's from memory."""
     size, batch = training.run.data.size, training.run.data.batch_size
-    tiny, n = size <= 64, 2 * batch if check.small else max(2048, 4 * batch)
+    tiny, n = size <= 64, (2 if check.small else 4) * batch
     if installed("nvidia.dali"):
         side, extension = (size, "png") if tiny else (256, "jpg")
         folder = shards(*drawn(n, side), check.out / f"drawn-{side}-{n}", extension)
@@ -72,15 +72,16 @@ def random_batch(views: list[ViewSpec], batch: int, device: torch.device) -> Bat
 
 def steps_per_s(training: Training, batches: Iterator[Batch], check: Check) -> float:
     """Over a few seconds, after some steps to warm up."""
+
+    def spent(steps: int) -> float:
+        wait(check.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            training.step(next(batches))
+        wait(check.device)
+        return time.perf_counter() - start
+
     warm, spend_s = (1, 0.1) if check.small else (10, 4.0)
-    for _ in range(warm):
-        training.step(next(batches))
-    wait(check.device)
-    start, steps = time.perf_counter(), 0
-    while steps < 2 or time.perf_counter() - start < spend_s:
-        training.step(next(batches))
-        steps += 1
-        if steps % 4 == 0:
-            wait(check.device)  # else the host would run ahead of the clock
-    wait(check.device)
-    return steps / (time.perf_counter() - start)
+    spent(warm)
+    steps = 1 + int(spend_s * warm / spent(warm))
+    return steps / spent(steps)

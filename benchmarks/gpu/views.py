@@ -5,6 +5,7 @@ differ from DALI's by rounding (the part `dali` says by how much).
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Views:
 
     def __next__(self) -> Batch:
         epoch, step = divmod(self.step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+        order = _order(len(self.images), self.seed, epoch)
         index = torch.from_numpy(order[step * self.batch_size : (step + 1) * self.batch_size])
         chosen = self.images[index.to(self.images.device)]
         views, draws = {}, {}
@@ -56,6 +57,11 @@ class Views:
             views[view.name], draws[view.name] = make(chosen, view, drawn, self.mean, self.std), drawn
         self.step += 1
         return Batch(views, index, self.label[index], draws)
+
+
+@lru_cache(maxsize=1)
+def _order(images: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(images)
 
 
 def make(images: Tensor, view: ViewSpec, drawn: dict[str, np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:

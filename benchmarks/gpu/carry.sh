@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Packs what a GPU machine without a network lacks, for gpu_check.py: run it where pip works, from the repository's root.
+#
+#   benchmarks/gpu/carry.sh [small|all] [PYTHON]     PYTHON: version of the GPU machine's python3, default 3.12
+#
+# small: timm and safetensors (4 MB), which training needs; all: DALI and its needs too (200 MB, some minutes of xz).
+# Writes runs/carry/site.00, site.01, ... of 50 MiB at most, a transfer each. On the GPU machine, once all pieces are there:
+#
+#   mkdir -p /tmp/site && cat runs/carry/site.* | tar xJ -C /tmp/site && export PYTHONPATH=/tmp/site
+#
+# CIFAR-10 travels the same way: a folder with the official binary files, or the tars of lossless WebP; any of the training
+# files may stay behind, and the table says how many images there were.
+set -euo pipefail
+what=${1:-small} python=${2:-3.12}
+packages=(timm safetensors)
+[ "$what" = all ] && packages+=(nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-libnvcomp-cu13 nvidia-nvjpeg
+	nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13 astunparse gast six optree nvtx makefun libcst packaging)
+mapfile -t pins < <(for name in "${packages[@]}"; do grep -oE "^$name==[^ ;]+" requirements.txt; done)
+platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64)
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+.venv/bin/python -m pip install --quiet --no-deps --no-compile --only-binary=:all: --implementation cp \
+	--python-version "$python" "${platforms[@]/#/--platform=}" --target "$site" "${pins[@]}"
+find "$site/nvidia/dali" -name '*.cpython-3*' ! -name "*.cpython-${python/./}-*" -delete 2>/dev/null || true # of other Pythons
+mkdir -p runs/carry && rm -f runs/carry/site.*
+tar c -C "$site" . | xz -4 --threads=0 | split --bytes=50M --numeric-suffixes - runs/carry/site.
+ls -l runs/carry
