@@ -53,6 +53,10 @@ class Augmentation:
         varied: Augmentation = _build(Augmentation, tree, f"augmentation.{name}")
         return varied
 
+    def pair(self) -> "tuple[Augmentation, Augmentation]":
+        """Of the two views of a pair."""
+        return self, self.variant("second")
+
 
 @dataclass(frozen=True)
 class Data:

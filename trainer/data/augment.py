@@ -68,8 +68,9 @@ def draw_view(view: ViewSpec, *, seed: int, step: int, rank: int, batch_size: in
     if view.shared_by == "dataset":
         step, first, last = 0, 0, 1
     copies = [
-        draw(view.augmentation, seed=seed, view=view.name, copy=copy, step=step, rows=range(first, last))
+        draw(augmentation, seed=seed, view=view.name, copy=copy, step=step, rows=range(first, last))
         for copy in range(view.count)
+        if (augmentation := view.of(copy))
     ]
     return {name: np.repeat(np.stack([drawn[name] for drawn in copies]), share, axis=1) for name in copies[0]}
 

@@ -62,12 +62,12 @@ def build(
         # The GPU's fixed-function JPEG decoder is left out: its pixels differ, and so would a resumed run on another GPU.
         images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", **({"hw_decoder_load": 0.0} if gpu else {}))
         sides = None if folder.image_shape else _sides_of_a_square(images)
-        count = sum(view.count * len(_parameters(view, folder.image_shape)) for view in views)
+        count = sum(len(_parameters(view, copy, folder.image_shape)) for view in views for copy in range(view.count))
         drawn = iter(fn.external_source(source=arguments, num_outputs=count, batch=True) if count else ())
         outputs = []
         for view in views:
-            for _ in range(view.count):
-                parameters = {name: next(drawn) for name in _parameters(view, folder.image_shape)}
+            for copy in range(view.count):
+                parameters = {name: next(drawn) for name in _parameters(view, copy, folder.image_shape)}
                 pixels = _augmented(images, sides, view.size, parameters) if parameters else _plain(images, view.size)
                 outputs.append(_centre(pixels, parameters.get("flip", 0), view.size))
         return *outputs, label, index
@@ -92,15 +92,16 @@ def to_arguments(
             if image_shape:  # one call a batch; in the graph it is a dozen operators an image
                 box = crop_box(drawn["extent"], drawn["anchor"], *image_shape)
                 adapted |= {"start": np.ascontiguousarray(box[..., :2]), "end": np.ascontiguousarray(box[..., 2:])}
-            arrays += [adapted[name][copy] for copy in range(view.count) for name in _parameters(view, image_shape)]
+            arrays += [adapted[name][copy] for copy in range(view.count) for name in _parameters(view, copy, image_shape)]
     return arrays
 
 
-def _parameters(view: ViewSpec, image_shape: tuple[int, int] | None) -> tuple[str, ...]:
+def _parameters(view: ViewSpec, copy: int, image_shape: tuple[int, int] | None) -> tuple[str, ...]:
     """Names of the arguments that one copy of a view takes, in order."""
-    if view.augmentation is None:
+    augmentation = view.of(copy)
+    if augmentation is None:
         return ()
-    blur = ("sigma", "window") if view.augmentation.blur > 0 and _kernel(view.size) > 1 else ()
+    blur = ("sigma", "window") if augmentation.blur > 0 and _kernel(view.size) > 1 else ()
     return (*(("start", "end") if image_shape else ("extent", "anchor")), "flip", *blur)
 
 

@@ -19,7 +19,8 @@ class ViewSpec:
         name: key of the views in `Batch.views`.
         count: views of each image, at least 1.
         size: height and width, pixels.
-        augmentation: what is drawn; None is the deterministic evaluation view (resize and centre crop).
+        augmentation: what is drawn, for all copies or one for each; None is the deterministic evaluation view (resize and
+            centre crop).
         shared_by: who shares one draw: no one ("image"), the images of a group ("group", CARE sec. 3),
             or all images of the data set ("dataset": the same `count` transformations in every batch).
         groups: number of groups in the global batch, for `shared_by="group"`; group g holds
@@ -29,9 +30,13 @@ class ViewSpec:
     name: str
     count: int
     size: int
-    augmentation: Augmentation | None
+    augmentation: Augmentation | tuple[Augmentation, ...] | None
     shared_by: SharedBy = "image"
     groups: int = 0
+
+    def of(self, copy: int) -> Augmentation | None:
+        """What is drawn for one of the copies."""
+        return self.augmentation[copy] if isinstance(self.augmentation, tuple) else self.augmentation
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Care(Objective):
 
     def views(self) -> list[ViewSpec]:
         """One pair of views per group of images; beside the base's own where views are separate."""
-        paired = ViewSpec("paired", 2, self.size, self.augmentation, shared_by="group", groups=self.settings.groups)
+        paired = ViewSpec("paired", 2, self.size, self.augmentation.pair(), shared_by="group", groups=self.settings.groups)
         pair, *others = self.base.views()
         return [paired, *others] if self.settings.views == "shared" else [pair, *others, paired]
 

@@ -110,7 +110,7 @@ class Siamese(Objective):
 
     def views(self) -> list[ViewSpec]:
         """Two views of every image, all drawn independently."""
-        return [ViewSpec("base", 2, self.size, self.augmentation)]
+        return [ViewSpec("base", 2, self.size, self.augmentation.pair())]
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to the unit sphere, float32 [N, d]."""
