@@ -60,7 +60,8 @@ def in_interpreter(cases: Callable[[], object]) -> object:
     It ignores `input_precision` and is silently wrong in bf16: float32 only.
     """
     program = f"import json, runpy; print(json.dumps(runpy.run_path({inspect.getfile(cases)!r})[{cases.__name__!r}]()))"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

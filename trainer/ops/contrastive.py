@@ -25,8 +25,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, rows: slice = slice(None
     """
     z = torch.stack([z1, z2])
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    start, stop, _ = rows.indices(len(z1))
-    return _nt_xent(z, temperature, start, stop, torch.is_grad_enabled() and z.requires_grad)[0]
+    classified = range(len(z1))[rows]
+    return _nt_xent(z, temperature, classified.start, classified.stop, torch.is_grad_enabled() and z.requires_grad)[0]
 
 
 @torch.library.custom_op("care::nt_xent", mutates_args=())
