@@ -4,7 +4,8 @@ import difflib
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from trainer.config import Model
 from trainer.errors import UserError
@@ -45,3 +46,12 @@ def build_backbone(settings: Model, size: int) -> Any:
     model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=2 if stem == "strided" else 1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+def class_tokens(vit: Any, blocks: int, images: Tensor) -> Tensor:
+    """The features of a ViT, then the class tokens of its last blocks, each after the final norm: [N, 1 + blocks, D].
+
+    Patch features are timm's to give: `vit.forward_intermediates(images, indices=blocks, norm=True)`.
+    """
+    final, layers = vit.forward_intermediates(images, indices=blocks, return_prefix_tokens=True, norm=True)
+    return torch.stack([vit.forward_head(final), *(prefix[:, 0] for _, prefix in layers)], dim=1)

@@ -3,13 +3,13 @@
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.config import Augmentation, setting
 from trainer.data.views import Batch, ViewSpec
 from trainer.engine.world import world_size
 from trainer.errors import UserError
-from trainer.objectives.objective import Loss, Objective, register, registry
+from trainer.objectives.objective import Loss, Wrapper, register
 from trainer.ops.gram import gram_equivariance
 from trainer.ops.rotation_fit import rotation_equivariance
 
@@ -17,7 +17,7 @@ TERMS = {"gram": gram_equivariance, "rotation": rotation_equivariance}
 
 
 @register("care")
-class Care(Objective):
+class Care(Wrapper):
     """A base objective plus rotational equivariance of the embedding (CARE, sec. 3).
 
     Every group of images shares one pair of augmentations (a, a'), a pair of its own (the released code gives all
@@ -49,19 +49,13 @@ class Care(Objective):
                 "the released code's scale with its term, gram",
                 "Set objective.reference_scale to false and choose the weight anew.",
             )
-        nn.Module.__init__(self)  # the backbone belongs to the base: owned twice, it would be saved twice
-        self.settings, self.augmentation, self.size = settings, augmentation, size
-        self.base = registry()[settings.base.name](backbone, settings.base, augmentation, size)
+        super().__init__(backbone, settings, augmentation, size)
 
     def views(self) -> list[ViewSpec]:
         """One pair of views per group of images; beside the base's own where views are separate."""
         paired = ViewSpec("paired", 2, self.size, self.augmentation.pair(), shared_by="group", groups=self.settings.groups)
         pair, *others = self.base.views()
         return [paired, *others] if self.settings.views == "shared" else [pair, *others, paired]
-
-    def embed(self, images: Tensor) -> Tensor:
-        """The base's embedding, [N, d]: this is what turns."""
-        return self.base.embed(images)
 
     def forward(self, batch: Batch) -> Loss:
         """The base's loss plus the weighted equivariance term of the paired views."""
@@ -78,19 +72,3 @@ class Care(Objective):
         if self.settings.reference_scale:
             weight = weight * 2 * (paired.shape[1] // groups - 1)
         return Loss(base.total + weight * equivariance, base.terms | {"equivariance": equivariance.detach()}, z)
-
-    def no_weight_decay(self) -> set[str]:
-        """The base's, under the names they have here."""
-        return {f"base.{name}" for name in self.base.no_weight_decay()}
-
-    def represent(self, images: Tensor) -> dict[str, Tensor]:
-        """The base's representation."""
-        return self.base.represent(images)
-
-    def before_step(self, progress: float, epoch: float) -> None:
-        """The base's own."""
-        self.base.before_step(progress, epoch)
-
-    def after_step(self) -> None:
-        """The base's own."""
-        self.base.after_step()

@@ -5,6 +5,7 @@ import pkgutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +51,7 @@ class Objective(nn.Module):
         self.bf16 = False
         self.channels_last = False
 
-    def encode(self, images: Tensor, backbone: nn.Module | None = None) -> Tensor:
+    def encode(self, images: Tensor, backbone: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The features [N, D] of the backbone, or of another such as its teacher, in the type of the images.
 
         Only the backbone computes in bfloat16: heads and losses are small, and inner products need the bits. channels_last
@@ -92,8 +93,50 @@ class Objective(nn.Module):
         """Update what follows the weights (teachers, centres, queues)."""
 
     def represent(self, images: Tensor) -> dict[str, Tensor]:
-        """Named parts of the representation for probes: "full" [N, D]."""
-        return {"full": self.encode(images)}
+        """Named parts of the representation for probes: "full" [N, D] and, of a ViT, "last4" [N, 4 D]."""
+        return self.probed(images, self.backbone)
+
+    def probed(self, images: Tensor, backbone: nn.Module) -> dict[str, Tensor]:
+        """`represent` of a backbone; of a ViT, "last4" are the class tokens of its last blocks (Caron et al. 2021, app. F)."""
+        if getattr(backbone, "global_pool", "") != "token" or len(backbone.blocks) < 4:  # type: ignore[arg-type]
+            return {"full": self.encode(images, backbone)}
+        from trainer.models.backbone import class_tokens  # it imports timm, see `build_objective`
+
+        full, *last = self.encode(images, partial(class_tokens, backbone, 4)).unbind(1)
+        return {"full": full, "last4": torch.cat(last, dim=1)}
+
+
+class Wrapper(Objective):
+    """An objective around another, its `base`: what it does not say itself, the base says. Its settings have a `base`."""
+
+    def __init__(self, backbone: nn.Module, settings: Any, augmentation: Augmentation, size: int, **options: Any) -> None:
+        nn.Module.__init__(self)  # the backbone belongs to the base: owned twice, it would be saved twice
+        self.settings, self.augmentation, self.size = settings, augmentation, size
+        self.base: Objective = registry()[settings.base.name](backbone, settings.base, augmentation, size, **options)
+
+    def no_weight_decay(self) -> set[str]:
+        """The base's, under the names they have here."""
+        return {f"base.{name}" for name in self.base.no_weight_decay()}
+
+    def views(self) -> list[ViewSpec]:
+        """The base's."""
+        return self.base.views()
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The base's embedding, [N, d]."""
+        return self.base.embed(images)
+
+    def represent(self, images: Tensor) -> dict[str, Tensor]:
+        """The base's representation."""
+        return self.base.represent(images)
+
+    def before_step(self, progress: float, epoch: float) -> None:
+        """The base's own."""
+        self.base.before_step(progress, epoch)
+
+    def after_step(self) -> None:
+        """The base's own."""
+        self.base.after_step()
 
 
 _REGISTRY: dict[str, type[Objective]] = {}
