@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := uv==0.13.9
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup demo test lint bench cifar10 docs pins
+.PHONY: setup demo test lint bench gpu_check cifar10 docs pins
 setup: .venv/ready
 
 demo: STARTED := $(shell date +%s)
@@ -24,6 +24,10 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/data_path.py
 	$(BIN)/python benchmarks/step.py
+
+# Does everything work on this machine's GPU, and how fast? make gpu_check ARGS="--parts throughput --data DIR"
+gpu_check: .venv/ready
+	$(BIN)/python -u benchmarks/gpu_check.py $(ARGS)
 
 # The table of benchmarks/results/cifar10.md: real images, three seeds. Needs CARE_SHARED_DATA or ../shared/data.
 cifar10: .venv/ready

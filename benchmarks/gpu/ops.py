@@ -18,7 +18,7 @@ VALUE, GRADIENT = 1e-5, 1e-4  # relative, float32: sums of thousands of terms; a
 
 @dataclass(frozen=True)
 class Case:
-    """Groups of points [G, n, d], and the relative errors that are allowed; inf where gradients are not unique."""
+    """Groups of points [G, n, d], and the relative errors that are allowed; of gradients that are not unique anything finite."""
 
     source: Tensor
     target: Tensor
@@ -99,7 +99,7 @@ def procrustes(source: Tensor, target: Tensor, proper: bool) -> Tensor:
     """Residuals [G] of the orthogonal Procrustes problem by SVD (Schoenemann 1966; Kabsch 1976 for rotations)."""
     with torch.no_grad():  # the envelope theorem: the best R counts as a constant
         u, _, vh = torch.linalg.svd(source.mT @ target)
-        sign = torch.ones(u.shape[:2], dtype=u.dtype)
+        sign = torch.ones_like(u[:, 0])
         if proper:
             sign[:, -1] = torch.sign(torch.linalg.det(u @ vh))
         turn = (u * sign[:, None]) @ vh
@@ -123,6 +123,12 @@ def gram_formula(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
     return apart.sum() / (groups * images * (images - 1))
 
 
+def rotation_formula(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
+    """What the best orthogonal map of every group leaves, a mean over images."""
+    a, b = (z.unflatten(0, (groups, -1)) for z in (z1, z2))
+    return procrustes(a, b, proper=False).mean() / a.shape[1]
+
+
 def rotation_cases(small: bool) -> dict[str, Case]:
     """Fresh points, turned and moved a little; easy, hard, and with directions that no point decides on."""
     g, f64 = 3 if small else 64, torch.float64
@@ -143,9 +149,11 @@ def rotation_cases(small: bool) -> dict[str, Case]:
         a, b = (points(distinct, 128).repeat(1, 32 // distinct, 1).float() for _ in range(2))
         return Case(a, b, **vague)
 
-    near, vague = {"gradient": 1e-3}, {"gradient": torch.inf}  # vague: float32 loses the directions that decide on it
+    near, vague = {"gradient": 1e-3}, {"gradient": 1e30}  # vague: float32 loses the directions that decide on it
+    random = case(points(32, 128))
     return {
-        "random": case(points(32, 128)),
+        "random": random,
+        "bfloat16": Case(random.source.bfloat16(), random.target.bfloat16(), gradient=5e-3),  # so are its gradients
         "random, many groups": case(points(32, 128, 4 if small else 1024)),
         "n = 1": case(points(1, 128)),
         "n = 16": case(points(16, 128), proper=False),

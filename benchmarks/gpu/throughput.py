@@ -12,6 +12,7 @@ from benchmarks.gpu.images import drawn, on, shards
 from benchmarks.gpu.measure import wait
 from benchmarks.gpu.part import Check, Row, installed, part
 from benchmarks.gpu.training import Training, torch_loader
+from trainer.data.loader import Loader
 from trainer.data.shards import ShardFolder
 from trainer.data.views import Batch, ViewSpec
 
@@ -55,10 +56,8 @@ def stream(check: Check, training: Training) -> tuple[Iterator[Batch] | None, st
     return None, "none: noise as views (no DALI)"
 
 
-def dali_loader(check: Check, training: Training, folder: ShardFolder) -> Iterator[Batch]:
+def dali_loader(check: Check, training: Training, folder: ShardFolder) -> Loader:
     """Views that a run asks for of a folder of shards."""
-    from trainer.data.loader import Loader
-
     data = training.run.data
     options = {"batch_size": data.batch_size, "seed": 0, "mean": data.mean, "std": data.std, "threads": os.cpu_count()}
     return Loader(folder, training.objective.views(), device=check.device, **options)
