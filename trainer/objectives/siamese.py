@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from trainer.config import Augmentation
 from trainer.data.views import Batch, ViewSpec
+from trainer.engine.world import gather_rows
 from trainer.models.momentum import Momentum, cosine
 from trainer.objectives.objective import Loss, Objective
 
@@ -29,6 +30,15 @@ class Outputs:
     online: Tensor
     target: Tensor
     embedding: Tensor
+
+    def agreement(self) -> Tensor:
+        """Mean cosine, scalar, between the online vector of each view of the pair and the target of the other."""
+        return F.cosine_similarity(self.online[:2], self.target.flip(0), dim=-1).mean()
+
+
+def gather_views(x: Tensor) -> Tensor:
+    """The views of all ranks' images, [V, B, d] -> [V, world * B, d], with gradients to every rank's own."""
+    return gather_rows(x.transpose(0, 1)).transpose(0, 1)
 
 
 class Branch(nn.Module):

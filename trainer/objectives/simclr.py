@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from trainer.config import setting
 from trainer.engine.world import gather_rows, local_rows
-from trainer.models.heads import projector
+from trainer.models.heads import mlp
 from trainer.objectives.objective import register
 from trainer.objectives.siamese import Branch, Outputs, Siamese
 from trainer.ops.contrastive import nt_xent
@@ -17,7 +17,7 @@ class SimCLRBranch(Branch):
 
     def heads(self, features: int) -> tuple[nn.Module, nn.Module]:
         """CARE's projector."""
-        return projector(features, self.settings.hidden, self.settings.dim), nn.Identity()
+        return mlp(features, self.settings.hidden, self.settings.dim), nn.Identity()
 
     def loss(self, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """NT-Xent of the two embeddings."""
