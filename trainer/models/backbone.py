@@ -13,18 +13,26 @@ from trainer.errors import UserError
 SMALL = 64  # pixels: below this a stride-2 stem with max-pool throws most of the image away
 
 
-def build_backbone(settings: Model, size: int) -> Any:
+def build_backbone(settings: Model, size: int, local_size: int | None = None) -> Any:
     """Create a timm model that maps [N, 3, size, size] to features [N, model.num_features].
 
+    Args:
+        settings: of the model.
+        size: height and width of the views, pixels.
+        local_size: of small crops, where there are any.
+
     Raises:
-        UserError: unknown model name, arguments that timm refuses, or a small stem for a model that has none.
+        UserError: unknown model name, arguments that timm refuses, small crops that the model cannot take, or a small stem
+            for a model that has none.
     """
     arguments = dict(settings.args)
+    local_size = local_size or size
     if settings.drop_path:
         arguments["drop_path_rate"] = settings.drop_path
     try:
         if getattr(timm.get_pretrained_cfg(settings.backbone), "fixed_input_size", False):  # position embeddings and windows
-            arguments = {"img_size": size, **arguments}
+            several = {"dynamic_img_size": True} if local_size != size else {}
+            arguments = {"img_size": size, **several, **arguments}
         model: Any = timm.create_model(settings.backbone, num_classes=0, **arguments)
     except RuntimeError as error:
         near = difflib.get_close_matches(settings.backbone, timm.list_models(), n=1)
@@ -34,6 +42,10 @@ def build_backbone(settings: Model, size: int) -> Any:
         raise UserError(
             f"model.args is {settings.args} ({error})", f"arguments of {settings.backbone}", "Correct them."
         ) from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if local_size % patch[0]:
+        found = f"objective.local_size is {local_size} for patches of {patch[0]} pixels"
+        raise UserError(found, "a multiple of them", "Change objective.local_size or model.args.")
     # Some timm models end with a layer that num_features leaves out.
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
     resnet = isinstance(getattr(model, "conv1", None), nn.Conv2d) and hasattr(model, "maxpool")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class Momentum(nn.Module):
     """A copy of a module that follows it and gets no gradient (He et al. 2020, eq. 2).
 
-    Buffers are the copy's own: its BatchNorms see what the teacher sees.
+    Buffers are the copy's own: its BatchNorms see what the teacher sees. It has no stochastic depth.
 
     Args:
         source: the module to follow; copied as it is now.
@@ -19,6 +19,9 @@ class Momentum(nn.Module):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.module = copy.deepcopy(source).requires_grad_(False)
+        for part in self.module.modules():
+            if hasattr(part, "drop_prob"):  # timm's DropPath
+                part.drop_prob = 0.0  # type: ignore[assignment]
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

@@ -164,5 +164,9 @@ def build_objective(run: Run) -> Objective:
     """The objective of a run, backbone and heads freshly initialised from torch's generator."""
     from trainer.models.backbone import build_backbone  # timm costs seconds; checking settings must not
 
-    backbone = build_backbone(run.model, run.data.size)
+    base = run.objective
+    while hasattr(base, "base"):
+        base = base.base
+    local_size = base.local_size if getattr(base, "local_crops", 0) else None
+    backbone = build_backbone(run.model, run.data.size, local_size)
     return registry()[run.objective.name](backbone, run.objective, run.augmentation, run.data.size)

@@ -41,6 +41,11 @@ def gather_views(x: Tensor) -> Tensor:
     return gather_rows(x.transpose(0, 1)).transpose(0, 1)
 
 
+def other_views(table: Tensor) -> Tensor:
+    """Of a table [2, V, ...] of target against online views, the 2 (V - 1) entries of two different views."""
+    return torch.cat([table[0, 1:], table[1, :1], table[1, 2:]])
+
+
 class Branch(nn.Module):
     """The heads of a method on `features` numbers per image, and its loss.
 
@@ -87,6 +92,10 @@ class Branch(nn.Module):
     def directions(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
         """Online [V, B, o] and target [2, B, o] vectors whose angle CLeVER's equivariant part sets."""
         return outputs.online, outputs.target
+
+    def weights(self) -> list[Tensor]:
+        """The online heads' parameters, whose norm CLeVER balances between its parts."""
+        return [*self.projector.parameters(), *self.predictor.parameters()]
 
     def before_step(self, progress: float, epoch: float) -> None:
         """Set what depends on how far the run is; both counted before the step."""
