@@ -93,9 +93,9 @@ class Branch(nn.Module):
         """Online [V, B, o] and target [2, B, o] vectors whose angle CLeVER's equivariant part sets."""
         return outputs.online, outputs.target
 
-    def weights(self) -> list[Tensor]:
-        """The online heads' parameters, whose norm CLeVER balances between its parts."""
-        return [*self.projector.parameters(), *self.predictor.parameters()]
+    def weights(self) -> list[list[Tensor]]:
+        """The parameters of each online head that has any; CLeVER balances their norms between its parts."""
+        return [list(head.parameters()) for head in (self.projector, self.predictor) if list(head.parameters())]
 
     def before_step(self, progress: float, epoch: float) -> None:
         """Set what depends on how far the run is; both counted before the step."""
