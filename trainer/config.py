@@ -101,6 +101,7 @@ class Schedule:
     """How long, and the learning rate on the way."""
 
     epochs: float = setting(10, "passes over the training images", low=1e-6)
+    weight_decay_end: float = setting(0.0, "weight decay at the end, half a cosine away; 0: constant", low=0.0)
     warmup_epochs: float = setting(0, "linear warm-up, epochs", low=0.0)
     name: Literal["cosine", "constant"] = setting("cosine", "shape after the warm-up")
     min_lr: float = setting(0.0, "learning rate at the end of the cosine", low=0.0)

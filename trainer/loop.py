@@ -44,7 +44,7 @@ def _train(trainer: Trainer, stop: "_Stop") -> int:
     try:
         while progress.step < trainer.steps:
             batch = next(trainer.loader)
-            trainer.schedule.step_update(progress.step)
+            trainer.set_rates()
             trainer.objective.before_step(progress.step / trainer.steps, progress.step / trainer.loader.steps_per_epoch)
             torch.manual_seed(_step_seed(run.seed, trainer.world.rank, progress.step))
             loss = trainer.engine.forward(batch)

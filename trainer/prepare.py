@@ -19,6 +19,7 @@ from trainer.engine.world import World
 from trainer.evaluation.features import extract
 from trainer.evaluation.knn import knn_accuracy
 from trainer.meter import Meter
+from trainer.models.momentum import cosine
 from trainer.objectives.objective import Objective, build_objective
 from trainer.tracking import Recorder, git_commit
 
@@ -51,6 +52,13 @@ class Trainer:
         """Whether a checkpoint is due after this step."""
         every = self.run.checkpoint.every_steps or self.loader.steps_per_epoch
         return self.progress.step == self.steps or self.progress.step % every == 0
+
+    def set_rates(self) -> None:
+        """Learning rate and weight decay of the step to come; pure functions of it."""
+        self.schedule.step_update(self.progress.step)
+        decay = self.run.optimiser.weight_decay_end
+        if decay:
+            set_weight_decay(self.optimiser, cosine(self.run.optimiser.weight_decay, decay, self.progress.step / self.steps))
 
     def save(self) -> None:
         """Make the record durable, check that the weights are worth keeping, and write a checkpoint."""
@@ -124,6 +132,13 @@ def build_schedule(settings: Schedule, optimiser: torch.optim.Optimizer, steps: 
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def set_weight_decay(optimiser: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Of the parameters that are decayed at all."""
+    for group in optimiser.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay
 
 
 def _validation_knn(run: Run, objective: Objective, world: World) -> float | None:

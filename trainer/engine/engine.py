@@ -75,6 +75,9 @@ def build_optimiser(objective: Objective, settings: Optimiser, engine: EngineSet
             "whole tensors, whose norms LARS needs and ZeRO's flat partitions do not have",
             "Use --engine.zero_stage 0.",
         )
+    if settings.weight_decay_end and not settings.weight_decay:
+        found = f"optimiser.weight_decay_end is {settings.weight_decay_end}, optimiser.weight_decay 0"
+        raise UserError(found, "a decay from which the cosine starts", "Set optimiser.weight_decay above 0.")
     momentum: dict[str, Any] = {"momentum": settings.momentum} if settings.name in ("sgd", "lars") else {}
     name = {"sgd": "momentum"}.get(settings.name, settings.name)  # timm's "sgd" is Nesterov's
     return create_optimizer_v2(objective, name, lr=settings.lr, weight_decay=settings.weight_decay, **momentum)
