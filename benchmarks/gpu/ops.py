@@ -18,7 +18,7 @@ VALUE, GRADIENT = 1e-5, 1e-4  # relative, float32: sums of thousands of terms; a
 
 @dataclass(frozen=True)
 class Case:
-    """Groups of points [G, n, d], and the relative errors that are allowed; of gradients that are not unique anything finite."""
+    """Groups of points [G, n, d], and the relative errors allowed: 1e30 of gradients that are not unique."""
 
     source: Tensor
     target: Tensor

@@ -142,9 +142,7 @@ def test_the_judge_of_ops_finds_wrong_values_and_gradients_unwritten_outputs_and
 def test_the_parts_pass_small_on_a_cpu(tmp_path):
     """The views that serve without DALI are DALI's, the ops are right, curves of training agree."""
     command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--small", "--out", tmp_path, "--parts"]
-    run = subprocess.run(
-        [*command, "environment,losses,dali,training,cifar10_care"], capture_output=True, text=True
-    )
+    run = subprocess.run([*command, "environment,losses,dali,training,cifar10_care"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     record = json.loads((tmp_path / f"cpu-torch-{torch.__version__}-small.json").read_text())
     assert record["machine"]["torch"] == torch.__version__
