@@ -44,6 +44,15 @@ class Augmentation:
     grayscale: float = setting(0.2, "probability of dropping the colour", low=0.0, high=1.0)
     blur: float = setting(0.5, "probability of a Gaussian blur", low=0.0, high=1.0)
     blur_sigma: tuple[float, float] = setting((0.1, 2.0), "standard deviation of the blur, pixels", low=0.0, high=100)
+    solarize: float = setting(0.0, "probability of inverting the values from 128 of 255 on", low=0.0, high=1.0)
+    rotation: float = setting(0.0, "angle drawn from +- this, degrees; 0 turns nothing", low=0.0, high=180.0)
+    corners: Literal["reflect", "inscribed", "zero"] = setting(
+        "reflect",
+        "of a turned view; reflect: the crop mirrored at its border; inscribed: real pixels, of a crop that can turn inside "
+        "the image; zero: black, which tells the angle",
+    )
+    elastic: float = setting(0.0, "probability of an elastic transform, after the rotation", low=0.0, high=1.0)
+    elastic_alpha: float = setting(100.0, "its strength: pixels move by alpha / 61, root mean square", low=0.0, high=1000.0)
     second: dict[str, Any] = setting(dict, "what differs in the second view of a pair, by the names of this section")
     local: dict[str, Any] = setting(dict, "what differs in the small crops of multi-crop methods")
 
@@ -92,6 +101,7 @@ class Optimiser:
     name: Literal["adam", "adamw", "sgd", "lars"] = setting("adamw", "timm optimiser name")
     lr: float = setting(1e-3, "peak learning rate for the batch size of the recipe", low=0.0)
     weight_decay: float = setting(1e-6, "weight decay; biases and norms are exempt", low=0.0)
+    weight_decay_end: float = setting(0.0, "weight decay at the end, half a cosine away; 0: constant", low=0.0)
     momentum: float = setting(0.9, "momentum of sgd and lars", low=0.0, high=1.0)
     clip_norm: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone", low=0.0)
 
@@ -101,7 +111,6 @@ class Schedule:
     """How long, and the learning rate on the way."""
 
     epochs: float = setting(10, "passes over the training images", low=1e-6)
-    weight_decay_end: float = setting(0.0, "weight decay at the end, half a cosine away; 0: constant", low=0.0)
     warmup_epochs: float = setting(0, "linear warm-up, epochs", low=0.0)
     name: Literal["cosine", "constant"] = setting("cosine", "shape after the warm-up")
     min_lr: float = setting(0.0, "learning rate at the end of the cosine", low=0.0)

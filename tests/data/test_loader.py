@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from trainer.errors import UserError
 PLAIN = ViewSpec("plain", 1, 8, None)
 PAIRED = ViewSpec("paired", 2, 24, Augmentation(), "group", groups=4)
 SINGLE = ViewSpec("single", 1, 32, Augmentation())
+MOVED = Augmentation(rotation=90, elastic=0.5, corners="inscribed", second={"solarize": 1.0, "corners": "reflect"})
+TURNED = ViewSpec("turned", 2, 24, MOVED.pair(), "group", groups=4)
 
 
 def loader(folder: ShardFolder, views=(PLAIN,), **options) -> Loader:
@@ -93,16 +96,40 @@ def test_batches_hold_the_images_labels_and_draws_they_name(shards_of):
         assert stream.wait_s > 0
 
 
-def test_equal_images_of_a_group_give_equal_views_and_of_two_groups_do_not(shards_of):
+@pytest.mark.parametrize("view", [PAIRED, TURNED])
+def test_equal_images_of_a_group_give_equal_views_and_of_two_groups_do_not(shards_of, view):
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    views = next(loader(shards_of([image] * 8), (PAIRED,))).views["paired"].reshape(2, 4, 2, -1)
+    views = next(loader(shards_of([image] * 8), (view,))).views[view.name].reshape(2, 4, 2, -1)
     assert torch.equal(views[:, :, 0], views[:, :, 1])
     assert len(torch.unique(views[:, :, 0].reshape(8, -1), dim=0)) == 8
 
 
+def test_multi_crop_is_two_sizes_of_views_of_the_same_images(shards_of):
+    images = [np.full((40, 40, 3), 3 * i, np.uint8) for i in range(40)]
+    a = Augmentation(jitter=0, grayscale=0, local={"crop_scale": [0.05, 0.4]})
+    views = (ViewSpec("base", 2, 224, a.pair()), ViewSpec("local", 8, 96, a.variant("local")))
+    batch = next(loader(shards_of(images), views, mean=(0, 0, 0), std=(3 / 255,) * 3))
+    for name, shape in [("base", (2, 8, 3, 224, 224)), ("local", (8, 8, 3, 96, 96))]:
+        assert batch.views[name].shape == shape
+        np.testing.assert_allclose(batch.views[name].mean((2, 3, 4)), batch.index.expand(shape[:2]), atol=1e-3)
+    area = {name: draws["extent"].prod(-1) for name, draws in batch.draws.items()}
+    assert area["local"].max() <= 0.4 + 1e-6
+    assert area["base"].min() >= 0.2 - 1e-6
+
+
+def test_rotated_views_leave_the_views_beside_them_alone(synthetic_shards):
+    options = {"shuffle": False, "batch_size": 16}
+    plain, single = replace(PLAIN, size=32), SINGLE
+    alone = next(loader(train(synthetic_shards), (plain, single), **options))
+    beside = next(loader(train(synthetic_shards), (TURNED, plain, single), **options))
+    assert beside.draws["plain"] == {}
+    assert all(torch.equal(alone.views[name], beside.views[name]) for name in ("plain", "single"))
+
+
 def test_two_ranks_make_views_of_the_draws_of_one(synthetic_shards):
-    alone = loader(train(synthetic_shards), (PAIRED, SINGLE))
-    halves = [loader(train(synthetic_shards), (PAIRED, SINGLE), batch_size=4, rank=r, world_size=2) for r in (0, 1)]
+    views = (PAIRED, SINGLE, TURNED)
+    alone = loader(train(synthetic_shards), views)
+    halves = [loader(train(synthetic_shards), views, batch_size=4, rank=r, world_size=2) for r in (0, 1)]
     for _ in range(3):
         whole, parts = next(alone).draws, [next(half).draws for half in halves]
         for view in whole:
@@ -114,15 +141,15 @@ def test_two_ranks_make_views_of_the_draws_of_one(synthetic_shards):
 def test_a_loader_goes_on_bit_for_bit_from_its_state(synthetic_shards, buffer):
     """Of 56 steps an epoch: at the start, within, at, and after epoch ends, and with another number of threads."""
     folder = train(synthetic_shards)
-    options = {"shuffle_buffer": buffer}
-    whole, expected, states = loader(folder, (PAIRED, SINGLE), **options), [], {}
+    options, views = {"shuffle_buffer": buffer}, (PAIRED, SINGLE, TURNED)
+    whole, expected, states = loader(folder, views, **options), [], {}
     assert whole.steps_per_epoch == 56
     for step in range(120):
         if step in (0, 1, 30, 55, 56, 57, 112, 113):
             states[step] = whole.state()
         expected.append(next(whole))
     for step, state in states.items():
-        resumed = loader(folder, (PAIRED, SINGLE), threads=2, state=state, **options)
+        resumed = loader(folder, views, threads=2, state=state, **options)
         assert resumed.state() == state
         assert all(same(next(resumed), batch) for batch in expected[step : step + 5]), step
 

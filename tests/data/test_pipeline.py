@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -37,9 +38,9 @@ def made(shards_of):
         ones, zeros = np.ones(n, np.float32), np.zeros(n, np.float32)
         neutral = {"extent": np.ones((n, 2)), "anchor": np.zeros((n, 2))}
         neutral |= dict.fromkeys(("brightness", "contrast", "saturation"), ones)
-        neutral |= dict.fromkeys(("flip", "hue", "gray", "sigma"), zeros)
+        neutral |= dict.fromkeys(("flip", "hue", "gray", "sigma", "solarize"), zeros)
         drawn = {
-            name: np.asarray(value, bool if name in ("flip", "gray") else np.float32)[None]
+            name: np.asarray(value, bool if name in ("flip", "gray", "solarize") else np.float32)[None]
             for name, value in (neutral | draws).items()
         }
         view = ViewSpec("v", 1, size, augmentation)
@@ -108,6 +109,15 @@ def test_grayscale_flip_and_blur_are_torchvisions(made):
     assert difference(made(images, 160, sigma=sigma), blurred).mean() < 0.3
 
 
+def test_solarisation_is_torchvisions_to_the_bit():
+    pixels, chosen = torch.from_numpy(pictures(32)).permute(0, 3, 1, 2), RNG.integers(0, 2, N).astype(bool)
+    still = dict.fromkeys(("brightness", "contrast", "saturation"), np.ones(N, np.float32))
+    draws = still | {"hue": np.zeros(N, np.float32), "gray": np.zeros(N, bool), "solarize": chosen}
+    ours = colour(pixels, draws, (0, 0, 0), (1 / 255,) * 3).round()
+    theirs = torch.where(torch.from_numpy(chosen)[:, None, None, None], F.solarize(pixels, 128), pixels)
+    assert torch.equal(ours, theirs.float())
+
+
 def test_hue_rotates_the_chroma_of_yiq_and_is_near_torchvisions(made):
     images, turns = pictures(32), uniform(-0.1, 0.1)
     ours = made(images, 32, hue=turns)
@@ -164,6 +174,20 @@ def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(made, shape,
     images = [np.asarray(Image.fromarray(image).resize((width, height))) for image in pictures(128)]
     theirs = [F.center_crop(F.resize(x, shorter, antialias=True), [size, size]) for x in tensor(images)]
     assert difference(made(images, size, None), theirs)[..., 2:-2, 2:-2].mean() < 0.4
+
+
+def test_multi_crop_decodes_once_and_a_copy_without_blur_has_no_blur(numbered):
+    from trainer.data import pipeline
+
+    a = Augmentation(blur=1.0, second={"blur": 0.0}, local={"crop_scale": [0.05, 0.4]})
+    views = [ViewSpec("base", 2, 224, a.pair()), ViewSpec("local", 8, 96, a.variant("local"))]
+    options = {"batch_size": 2, "rank": 0, "world_size": 1, "threads": 1, "seed": 0, "shuffle_buffer": 0}
+    graph = pipeline.build(numbered(4), views, lambda _: [], device_id=None, **options)
+    graph._build_graph()
+    made = Counter(operator.name.strip("_").rsplit("_", 1)[0] for operator in graph._ops)
+    assert made["Image"] == 1
+    assert made["Resize"] == 10
+    assert made["GaussianBlur"] == 9
 
 
 @pytest.mark.parametrize("shape", [None, (8, 8)])

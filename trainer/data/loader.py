@@ -20,6 +20,7 @@ from trainer.data.augment import draw_view
 from trainer.data.colour import colour
 from trainer.data.shards import ShardFolder, read_index
 from trainer.data.views import Batch, ViewSpec
+from trainer.data.warp import warp
 from trainer.errors import UserError
 
 FORMAT = 1
@@ -194,8 +195,14 @@ class Loader:
         draws = {view: {name: value[:, :rows] for name, value in drawn.items()} for view, drawn in draws.items()}
         views = {}
         for view in self.views:
-            pixels = torch.cat([next(copies) for _ in range(view.count)])
-            drawn = {name: value.reshape(len(pixels), *value.shape[2:]) for name, value in draws.get(view.name, {}).items()}
+            drawn = draws.get(view.name, {})
+            pixels = torch.cat(
+                [
+                    warp(next(copies), {name: value[copy] for name, value in drawn.items()}, view.of(copy), view.size)
+                    for copy in range(view.count)
+                ]
+            )
+            drawn = {name: value.reshape(len(pixels), *value.shape[2:]) for name, value in drawn.items()}
             views[view.name] = colour(pixels, drawn, self.mean, self.std).unflatten(0, (view.count, rows))
         return Batch(
             views=views,

@@ -1,8 +1,9 @@
 """The DALI graph: shards are read and decoded once, every view of every image is cropped, blurred and mirrored by its draws.
 
 One graph for both devices; on a GPU the decoding is mixed (without the fixed-function decoder, whose pixels differ) and the
-rest runs there. Colours follow in `colour.py`; the blur, linear as they are but for their clamping, comes before them
-(SimCLR's after). Against torchvision, op by op, on uint8 images:
+rest runs there. Rotation and elastic transform follow in `warp.py`, colours in `colour.py`. The blur comes before them
+(SimCLR's after): with rotations and colours it commutes, but for borders and clamping. Against torchvision, op by op, on
+uint8 images:
 
 - The crop has antialiasing and fractional edges (there: rounded to pixels), and reads its neighbours across its edge (there
   the edge pixel is repeated): the outermost pixels differ by 2 on average, the rest by rounding alone.
@@ -22,6 +23,7 @@ from nvidia.dali.data_node import DataNode
 from trainer.data.augment import crop_box
 from trainer.data.shards import ShardFolder
 from trainer.data.views import ViewSpec
+from trainer.data.warp import canvas, reach
 
 Arguments = Callable[[int], list[np.ndarray]]
 
@@ -53,7 +55,8 @@ def build(
         shuffle_buffer: samples in the reader's shuffle buffer; 0 reads in order.
         checkpoint: of an equal pipeline, to go on from.
 
-    Outputs: the views in order, copies one by one, uint8 [B, 3, size, size]; then `cls` and `index`, uint8 [B, 8].
+    Outputs: the views in order, copies one by one, uint8 [B, 3, P, P] with P the size (or more: `warp.canvas`); then `cls`
+        and `index`, uint8 [B, 8].
     """
 
     def graph() -> tuple[DataNode, ...]:
@@ -68,8 +71,9 @@ def build(
         for view in views:
             for copy in range(view.count):
                 parameters = {name: next(drawn) for name in _parameters(view, copy, folder.image_shape)}
-                pixels = _augmented(images, sides, view.size, parameters) if parameters else _plain(images, view.size)
-                outputs.append(_centre(pixels, parameters.get("flip", 0), view.size))
+                size = canvas(view.of(copy), view.size)
+                pixels = _augmented(images, sides, size, parameters) if parameters else _plain(images, size)
+                outputs.append(_centre(pixels, parameters.get("flip", 0), size))
         return *outputs, label, index
 
     define = pipeline_def(enable_conditionals=True, enable_checkpointing=True, checkpoint=checkpoint)(graph)
@@ -82,17 +86,18 @@ def to_arguments(
     """The draws of `augment.draw_view` by view name, as the graph of the same views and a folder of that shape takes them."""
     arrays = []
     for view in views:
-        drawn = draws[view.name]
-        if drawn:
+        for copy in range(view.count if draws[view.name] else 0):
+            drawn = {name: value[copy] for name, value in draws[view.name].items()}
             adapted = drawn | {
+                "extent": drawn["extent"] * reach(view.of(copy)),
                 "flip": drawn["flip"].astype(np.int32),
                 # Beyond three standard deviations the kernel is below what uint8 resolves.
                 "window": np.minimum(_kernel(view.size), 2 * np.ceil(3 * drawn["sigma"]) + 1).astype(np.int32),
             }
             if image_shape:  # one call a batch; in the graph it is a dozen operators an image
-                box = crop_box(drawn["extent"], drawn["anchor"], *image_shape)
-                adapted |= {"start": np.ascontiguousarray(box[..., :2]), "end": np.ascontiguousarray(box[..., 2:])}
-            arrays += [adapted[name][copy] for copy in range(view.count) for name in _parameters(view, copy, image_shape)]
+                box = crop_box(adapted["extent"], drawn["anchor"], *image_shape)
+                adapted |= {"start": np.ascontiguousarray(box[:, :2]), "end": np.ascontiguousarray(box[:, 2:])}
+            arrays += [adapted[name] for name in _parameters(view, copy, image_shape)]
     return arrays
 
 
