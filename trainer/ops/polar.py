@@ -8,7 +8,7 @@ from torch import Tensor
 
 BOOST = (2.43260, -2.13260)
 TAIL = ((2.72344, -1.95931), (1.54927, -0.50702), (1.50157, -0.50022), (1.5, -0.5), (1.5, -0.5))
-SHORTFALL = 0.045  # of a singular value at the edge of the resolution: what the factor may miss of it
+SHORTFALL = 0.09  # what any direction can cost, in units of the resolution: for small s, (1 - x^2) s vanishes with s
 
 
 def schedule(resolution: float) -> list[tuple[float, float]]:
@@ -26,8 +26,8 @@ class Polar(NamedTuple):
 
     Args:
         factor: X [G, n, m]; X X^T = 1 on the directions that converged.
-        missing: number of directions that did not, [G]; 0 up to rounding at full rank.
-        error: bound on the sum of singular values that X misses, ||M||_* - tr(X^T M), [G], in exact arithmetic.
+        missing: number of directions that did not, sum_i (1 - x_i^2) over the singular values x_i of X, [G].
+        error: bound in exact arithmetic on sum_i (1 - x_i^2) s_i, [G]: on what X misses of ||M||_*, and X^T X of M.
     """
 
     factor: Tensor
@@ -48,5 +48,5 @@ def polar(matrix: Tensor, resolution: float) -> Polar:
     x = matrix / norm.clamp_min(1e-30)[:, None, None]
     for a, b in schedule(resolution):
         x = torch.baddbmm(x, x @ x.mT, x, beta=a, alpha=b)
-    missing = (min(matrix.shape[1:]) - x.square().sum((1, 2))).clamp_min(0)
-    return Polar(x, missing, SHORTFALL * resolution * norm * missing)
+    missing = (matrix.shape[1] - x.square().sum((1, 2))).clamp_min(0)
+    return Polar(x, missing, resolution * norm * missing.clamp_max(SHORTFALL * matrix.shape[1]))

@@ -1,6 +1,7 @@
 """The rotation that carries one set of points onto another, for many sets at once (orthogonal Procrustes, Wahba, Kabsch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,8 @@ from trainer.ops.polar import polar
 
 TOLERANCE = 1e-5  # relative error of a residual that is accepted; a group that may exceed it is fitted again in float64
 RESOLUTION_POINTS, RESOLUTION_CORE = 1e-3, 1e-5  # relative singular values that the iteration resolves
+ROUNDING = 5.0  # of the points, in units of their type; over k directions it averages to 1 / sqrt(k) (measured)
+MISSING = 1e-4  # directions that the polar factor lacks; fewer are rounding
 
 
 class RotationFit(NamedTuple):
@@ -21,7 +24,8 @@ class RotationFit(NamedTuple):
         residual: ||source @ R - target||_F^2, [G]; carries the gradient to both arguments.
         nuclear: tr(R^T source^T target), [G]: the sum of the singular values of source^T target, the smallest negative
             where a reflection would fit better.
-        gauge: estimated relative error of the residual, [G]; `TOLERANCE` at most but for groups that float64 fits no better.
+        gauge: estimated error of the residual relative to it, [G], or to what rounding leaves of an exact fit; at most
+            `TOLERANCE` but for groups that float64 fits no better.
     """
 
     rotation: Tensor | None
@@ -52,6 +56,8 @@ def fit_rotation(source: Tensor, target: Tensor, *, group: Literal["SO", "O"] = 
         raise ValueError(
             f"source {tuple(source.shape)} and target {tuple(target.shape)} must both be [groups, points, dimensions]"
         )
+    dtype = torch.promote_types(torch.promote_types(source.dtype, target.dtype), torch.float32)
+    source, target = source.to(dtype), target.to(dtype)
     gradients = torch.is_grad_enabled() and (source.requires_grad or target.requires_grad)
     turn, residual, nuclear, gauge, _, _ = _fit(source, target, group == "SO", gradients, rotation)
     return RotationFit(turn if rotation else None, residual, nuclear, gauge)
@@ -77,40 +83,52 @@ def _fit(
     source: Tensor, target: Tensor, proper: bool, gradients: bool, rotation: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rotation, residual, nuclear, gauge, and the residual's gradients; empty what was not asked for."""
-    if source.dtype != torch.float64:
-        source, target = source.float(), target.float()
-    fit = _route(source, rotation)(source, target, proper)
-    doubtful = ~(fit.gauge <= TOLERANCE)
-    if source.dtype != torch.float64 and doubtful.any():
-        again = factorise(source[doubtful].double(), target[doubtful].double(), proper, rotation)
-        for part, better in zip(fit, again, strict=True):
-            if part is not None and better is not None:
-                part[doubtful] = better.to(part.dtype)
+    with _whole_products():
+        fit = _route(source, rotation)(source, target, proper)
+        doubtful = ~(fit.gauge <= TOLERANCE)
+        if source.dtype != torch.float64 and doubtful.any():
+            again = factorise(source[doubtful].double(), target[doubtful].double(), proper, rotation)
+            for part, better in zip(fit, again, strict=True):
+                if part is not None and better is not None:
+                    part[doubtful] = better.to(part.dtype)
     gradient = (fit.source_gradient, fit.target_gradient) if gradients else (source.new_empty(0), source.new_empty(0))
     return source.new_empty(0) if fit.rotation is None else fit.rotation, fit.residual, fit.nuclear, fit.gauge, *gradient
 
 
 @_fit.register_fake
 def _(source: Tensor, target: Tensor, proper: bool, gradients: bool, rotation: bool) -> tuple[Tensor, ...]:
-    dtype = source.dtype if source.dtype == torch.float64 else torch.float32
     groups, points, dim = source.shape
     scalar, gradient = (groups,), (groups, points, dim) if gradients else (0,)
     shapes = ((groups, dim, dim) if rotation else (0,), scalar, scalar, scalar, gradient, gradient)
-    return tuple(source.new_empty(shape, dtype=dtype) for shape in shapes)
+    return tuple(source.new_empty(shape) for shape in shapes)
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*output[4:])
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.mark_non_differentiable(output[0], *output[2:])
 
 
 def _backward(ctx, _rotation, residual, *_):  # type: ignore[no-untyped-def]
-    scale = residual[:, None, None]
-    return *((scale * g).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None, None, None
+    return *(residual[:, None, None] * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
 _fit.register_autograd(_backward, setup_context=_remember)
+for device in ("cpu", "cuda"):  # in autocast's bfloat16 no fit would pass its gauge, which does not know of it
+    _fit.register_autocast(device, torch.float32)
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Multiply float32 in float32 though the program may allow TF32 or bfloat16: the gauge counts on it."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    allowed = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
 
 
 class Fit(NamedTuple):
@@ -149,7 +167,7 @@ def factorise(source: Tensor, target: Tensor, proper: bool, rotation: bool) -> F
         flip[:, -1] = torch.where(torch.linalg.det(u) * torch.linalg.det(vh) < 0, -1, 1)
         u, s = u * flip[:, None], s * flip
     residual, scale, gradients = _evaluate(source, target, a, b, u @ vh, bases)
-    gauge = (_unresolved(s) + _rounding(residual, scale)) / residual.clamp_min(torch.finfo(s.dtype).tiny)
+    gauge = _gauge(residual, scale, 2 * _unresolved(s), torch.zeros_like(scale), s.shape[1])
     poison = torch.where(finite, 0.0, torch.nan).to(s.dtype)
     turn = None
     if rotation:
@@ -172,9 +190,8 @@ def iterate(source: Tensor, target: Tensor, proper: bool) -> Fit:
     core = a.mT @ b
     fit = polar(core, RESOLUTION_CORE)
     residual, scale, gradients = _evaluate(source, target, a, b, fit.factor, bases)
-    lost = (a.square().sum((1, 2)) - (a @ fit.factor).square().sum((1, 2))).abs() * (fit.missing > 1e-3)
-    error = fit.error + 2 * residual.sqrt() * split + lost + _rounding(residual, scale)
-    gauge = error / residual.clamp_min(torch.finfo(residual.dtype).tiny)
+    lost = (a.square().sum((1, 2)) - (a @ fit.factor).square().sum((1, 2))).abs() * (fit.missing > MISSING)
+    gauge = _gauge(residual, scale, 2 * fit.error + lost, split, core.shape[1])
     if proper and bases is None:
         gauge = torch.where(torch.linalg.det(fit.factor) < 0, torch.inf, gauge)  # a reflection: factorise knows what it costs
     return Fit(None, residual, (core * fit.factor).sum((1, 2)), gauge, *gradients)
@@ -205,9 +222,21 @@ def _unresolved(s: Tensor) -> Tensor:
     return torch.minimum(s.abs(), rounding.square() / s.abs().clamp_min(torch.finfo(s.dtype).tiny)).sum(dim=1)
 
 
-def _rounding(residual: Tensor, scale: Tensor) -> Tensor:
-    """Error of a residual that is summed from differences of numbers that have the squared norm `scale`."""
-    return 2 * torch.finfo(residual.dtype).eps * (residual * scale).sqrt()
+def _gauge(residual: Tensor, scale: Tensor, turn: Tensor, shift: Tensor, directions: int) -> Tensor:
+    """Relative error of the residual.
+
+    The root of a residual moves by no more than the points do, and rounding moves them too.
+
+    Args:
+        scale: ||A||^2 + ||B||^2, [G].
+        turn: what the error of the turn costs, [G].
+        shift: how far the points that were fitted are from those given, [G].
+        directions: min(n, d).
+    """
+    kind = torch.finfo(residual.dtype)
+    rounding = ROUNDING * kind.eps * scale.sqrt()
+    error = turn + 2 * residual.sqrt() * (shift + rounding / directions**0.5) + (shift + rounding).square()
+    return error / residual.maximum(kind.eps**2 * scale).clamp_min(kind.tiny)
 
 
 def _complete(left: Tensor, right: Tensor, s: Tensor, proper: bool) -> Tensor:

@@ -11,7 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trainer.ops.polar import SHORTFALL, schedule
-from trainer.ops.rotation_fit import RESOLUTION_CORE, RESOLUTION_POINTS, Fit
+from trainer.ops.rotation_fit import MISSING, RESOLUTION_CORE, RESOLUTION_POINTS, ROUNDING, Fit
+
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+MISSING, ROUNDING, SHORTFALL = tl.constexpr(MISSING), tl.constexpr(ROUNDING), tl.constexpr(SHORTFALL)
+POINTS, CORE = tl.constexpr(RESOLUTION_POINTS), tl.constexpr(RESOLUTION_CORE)
 
 PRECISION = "tf32x3"  # three tf32 products: float32's accuracy at the speed of tensor cores
 CHUNK = 32  # dimensions in registers at a time; more, or more than 4 warps, spills
@@ -32,7 +37,6 @@ def fit(source: Tensor, target: Tensor, proper: bool) -> Fit:
     gradients = torch.empty_like(source), torch.empty_like(target)
     fit_kernel[(groups,)](
         source, target, *gradients, residual, nuclear, gauge, coefficients, points, dim, split, end,
-        SHORT_POINTS=SHORTFALL * RESOLUTION_POINTS, SHORT_CORE=SHORTFALL * RESOLUTION_CORE,
         ROWS=max(16, triton.next_power_of_2(points)), CHUNK=CHUNK, PRECISION=PRECISION, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Fit(None, residual, nuclear, gauge, *gradients)
@@ -52,8 +56,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _split(
-    given, factor, coefficients, steps, points, dim,
-    SHORT: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    given, factor, coefficients, steps, points, dim, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Write the polar factor P [n, d] of points A; return A P^T, ||A||^2 and the factor's error.
 
@@ -70,7 +73,7 @@ def _split(
         scale += tl.sum(x * x)
     norm = 1.0001 * tl.sqrt(tl.sqrt(tl.sum(gram * gram)))
     shrink = 1.0 / tl.maximum(norm, 1e-30)
-    gram *= shrink * shrink
+    gram = gram * shrink * shrink  # in this order: the square of 1e30 is not finite
     for step in range(steps):
         tl.debug_barrier()
         a, b = tl.load(coefficients + 2 * step) * shrink, tl.load(coefficients + 2 * step + 1) * shrink
@@ -80,6 +83,7 @@ def _split(
             at, inside = row * dim + start + column, (row < points) & (start + column < dim)
             x = tl.load(factor + at, mask=inside, other=0.0)
             x = a * x + b * _dot(gram, x, PRECISION)
+            tl.debug_barrier()  # threads store other elements than they loaded
             tl.store(factor + at, x, mask=inside)
             following += _dot(x, tl.trans(x), PRECISION)
         gram = following
@@ -90,11 +94,12 @@ def _split(
         x = tl.load(factor + at, mask=inside, other=0.0)
         mixed += _dot(tl.load(given + at, mask=inside, other=0.0), tl.trans(x), PRECISION)
     trace = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :], gram, 0.0))
-    return mixed, scale, SHORT * norm * tl.maximum(points - trace, 0.0)
+    missing = tl.maximum(points - trace, 0.0)
+    return mixed, scale, norm * POINTS * tl.minimum(missing, points * SHORTFALL)
 
 
 @triton.jit
-def _polar(x, coefficients, first, last, points, SHORT: tl.constexpr, PRECISION: tl.constexpr):
+def _polar(x, coefficients, first, last, points, PRECISION: tl.constexpr):
     """The polar factor of an n x n matrix, the number of directions it misses and their error."""
     gram = _dot(x, tl.trans(x), PRECISION)
     norm = 1.0001 * tl.sqrt(tl.sqrt(tl.sum(gram * gram)))
@@ -103,7 +108,7 @@ def _polar(x, coefficients, first, last, points, SHORT: tl.constexpr, PRECISION:
         a, b = tl.load(coefficients + 2 * step), tl.load(coefficients + 2 * step + 1)
         x = a * x + b * _dot(_dot(x, tl.trans(x), PRECISION), x, PRECISION)
     missing = tl.maximum(points - tl.sum(x * x), 0.0)
-    return x, missing, SHORT * norm * missing
+    return x, missing, norm * CORE * tl.minimum(missing, points * SHORTFALL)
 
 
 @triton.jit
@@ -116,14 +121,13 @@ def _gradient(
         at, inside = row * dim + start + column, (row < points) & (start + column < dim)
         fitted = _dot(mix, tl.load(factor + at, mask=inside, other=0.0), PRECISION)
         gradient = 2 * (tl.load(given + at, mask=inside, other=0.0) - fitted)
-        tl.debug_barrier()  # threads store other elements than they loaded
+        tl.debug_barrier()  # as in _split
         tl.store(factor + at, gradient, mask=inside)
 
 
 @triton.jit
 def fit_kernel(
     source, target, source_gradient, target_gradient, residual, nuclear, gauge, coefficients, points, dim, split, end,
-    SHORT_POINTS: tl.constexpr, SHORT_CORE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One group. The memory of the gradients holds the polar factors until the end."""
@@ -132,20 +136,18 @@ def fit_kernel(
     target += group * points * dim
     source_gradient += group * points * dim
     target_gradient += group * points * dim
-    a, source_scale, source_error = _split(
-        source, source_gradient, coefficients, split, points, dim, SHORT_POINTS, ROWS, CHUNK, PRECISION
-    )
-    b, target_scale, target_error = _split(
-        target, target_gradient, coefficients, split, points, dim, SHORT_POINTS, ROWS, CHUNK, PRECISION
-    )
-    turn, missing, error = _polar(_dot(tl.trans(a), b, PRECISION), coefficients, split, end, points, SHORT_CORE, PRECISION)
+    a, source_scale, source_error = _split(source, source_gradient, coefficients, split, points, dim, ROWS, CHUNK, PRECISION)
+    b, target_scale, target_error = _split(target, target_gradient, coefficients, split, points, dim, ROWS, CHUNK, PRECISION)
+    turn, missing, error = _polar(_dot(tl.trans(a), b, PRECISION), coefficients, split, end, points, PRECISION)
     turned = _dot(a, turn, PRECISION)
     found = tl.sum((turned - b) * (turned - b))
-    lost = tl.where(missing > 1e-3, tl.abs(tl.sum(a * a) - tl.sum(turned * turned)), 0.0)
-    rounding = 2.3841858e-07 * tl.sqrt(found * (source_scale + target_scale))
-    error += 2 * tl.sqrt(found) * (source_error + target_error) + lost + rounding
+    lost = tl.where(missing > MISSING, tl.abs(tl.sum(a * a) - tl.sum(turned * turned)), 0.0)
+    scale = source_scale + target_scale
+    shift, rounding = source_error + target_error, tl.sqrt(scale) * ROUNDING * EPS
+    error = 2 * error + lost + 2 * tl.sqrt(found) * (shift + rounding * tl.rsqrt(points * 1.0))
+    error += (shift + rounding) * (shift + rounding)
     tl.store(residual + group, found)
     tl.store(nuclear + group, tl.sum(turned * b))
-    tl.store(gauge + group, error / tl.maximum(found, 1.1754944e-38))
+    tl.store(gauge + group, error / tl.maximum(tl.maximum(found, scale * EPS * EPS), TINY))
     _gradient(source, source_gradient, _dot(b, tl.trans(turn), PRECISION), points, dim, ROWS, CHUNK, PRECISION)
     _gradient(target, target_gradient, turned, points, dim, ROWS, CHUNK, PRECISION)
