@@ -28,10 +28,12 @@ def losses(shards, out, **overrides) -> list[float]:
     engine = build_engine(run, objective, build_optimiser(objective, run.optimiser, run.engine), world)
     values = []
     for step in range(STEPS):
+        objective.before_step(step / STEPS, step)
         images = torch.randn(2, 32, 3, 32, 32, generator=torch.Generator().manual_seed(step))
         loss = engine.forward(Batch({"paired": images}, torch.arange(32), torch.zeros(32)))
         engine.backward(loss.total)
         engine.step()
+        objective.after_step()
         values.append(loss.total.item())
     return [*values, sum(p.double().abs().sum().item() for p in objective.parameters())]
 
@@ -47,10 +49,12 @@ def alone() -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_deepspeed_takes_the_steps_that_ddp_takes(synthetic_shards, tmp_path, stage, clip):
-    plain = losses(synthetic_shards, tmp_path, optimiser__clip_norm=clip)
-    settings = {"engine__kind": "deepspeed", "engine__zero_stage": stage, "optimiser__clip_norm": clip}
-    zero = losses(synthetic_shards, tmp_path, **settings)
+@pytest.mark.parametrize("base", ["simclr", "byol"])  # without and with a teacher, which does not train
+def test_deepspeed_takes_the_steps_that_ddp_takes(synthetic_shards, tmp_path, stage, clip, base):
+    common = {"optimiser__clip_norm": clip, "objective__base__name": base, "objective__base__hidden": 64}
+    plain = losses(synthetic_shards, tmp_path, **common)
+    settings = {"engine__kind": "deepspeed", "engine__zero_stage": stage}
+    zero = losses(synthetic_shards, tmp_path, **common, **settings)
     assert zero == pytest.approx(plain, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Two ranks compute what one rank computes on the joint batch: losses, gradients and batch statistics, in float64."""
+"""Two ranks compute what one rank computes on the joint batch, and become what it becomes: every method, in float64."""
 
 import datetime
 from pathlib import Path
@@ -7,77 +7,56 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainer.config import Augmentation, Engine, Run
-from trainer.data.views import Batch
+from methods import BASES, base, batch_of, build, methods, wrapped
+from trainer.config import Engine, Run
 from trainer.engine.ddp import DDPEngine
 from trainer.engine.engine import place
 from trainer.engine.world import World, local_rows
-from trainer.objectives import simclr
-from trainer.objectives.objective import Objective, registry
+from trainer.objectives import barlow, moco, simclr
+from trainer.objectives.objective import Objective
 
-RANKS, IMAGES, SIZE = 2, 16, 8
-BASE = {"temperature": 0.3, "hidden": 12, "dim": 6}
+RANKS, IMAGES = 2, 16
 CARE = {"weight": 3.0, "groups": 4}
-OBJECTIVES = {
-    "simclr": ("simclr", {}),
-    "care, shared views": ("care", CARE | {"views": "shared"}),
-    "care, separate views": ("care", CARE | {"views": "separate"}),
-    "care, reference scale": ("care", CARE | {"views": "shared", "reference_scale": True}),
-    "care, rotation term": ("care", CARE | {"views": "shared", "term": "rotation"}),
-}
+VARIANTS = {
+    "care of simclr, reference scale": wrapped("care", base("simclr"), **CARE, reference_scale=True),
+    "care of simclr, rotation term": wrapped("care", base("simclr"), **CARE, term="rotation"),
+    "care of clever of moco": wrapped("care", wrapped("clever", base("moco")), **CARE),
+} | {f"care of {name}, separate views": wrapped("care", base(name), **CARE, views="separate") for name in BASES}
+METHODS = methods() | VARIANTS
 
 
-def build(name: str, settings: dict) -> Objective:
-    torch.manual_seed(0)
-    backbone = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8, momentum=0.3), nn.GELU(), nn.Conv2d(8, 10, 3), nn.Flatten()
-    )
-    backbone.num_features = 10
-    base = simclr.SimCLR.Settings(**BASE)
-    cls = registry()[name]
-    return cls(backbone, base if name == "simclr" else cls.Settings(base=base, **settings), Augmentation(), SIZE).double()
-
-
-def joint_batch() -> dict[str, Tensor]:
+def views_of(objective: Objective) -> dict[str, Tensor]:
     """The second half is brighter and stronger than the first, so that the ranks' own batch statistics differ."""
     torch.manual_seed(1)
-    views = {name: torch.randn(2, IMAGES, 3, SIZE, SIZE, dtype=torch.float64) for name in ("base", "paired")}
+    views = {
+        view.name: torch.randn(view.count, IMAGES, 3, view.size, view.size, dtype=torch.float64) for view in objective.views()
+    }
     for view in views.values():
         view[:, IMAGES // 2 :] = 3 * view[:, IMAGES // 2 :] + 1
     return views
 
 
-def facts(objective: Objective, loss) -> dict[str, Tensor]:
-    gradients = {f"gradient of {name}": p.grad for name, p in objective.named_parameters()}
-    statistics = {f"buffer {name}": b.double() for name, b in objective.named_buffers()}
-    return gradients | statistics | {"loss": loss.total.detach()} | loss.terms
-
-
-def on_one_rank(name: str, settings: dict) -> dict[str, Tensor]:
-    objective = build(name, settings)
-    loss = objective(batch_of(joint_batch()))
-    loss.total.backward()
-    return facts(objective, loss)
-
-
-def on_this_rank(name: str, settings: dict, world: World, sync_batchnorm: bool = True) -> dict[str, Tensor]:
-    engine_settings = Engine(kind="ddp", precision="fp32", channels_last=False, sync_batchnorm=sync_batchnorm)
-    objective = place(build(name, settings), engine_settings, world)
-    engine = DDPEngine(Run(), objective, torch.optim.SGD(objective.parameters(), lr=1), world)
-    rows = local_rows(IMAGES // RANKS)
-    loss = engine.forward(batch_of({name: view[:, rows] for name, view in joint_batch().items()}))
+def one_step(section: dict, world: World, sync_batchnorm: bool = True) -> dict[str, Tensor]:
+    """Loss and terms, gradients, and after the step every weight, statistic, teacher, queue and centre."""
+    settings = Engine(kind="ddp", precision="fp32", channels_last=False, sync_batchnorm=sync_batchnorm)
+    objective = place(build(section).double(), settings, world)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    engine = DDPEngine(Run(), objective, torch.optim.SGD(trained, lr=0.1), world)
+    rows = local_rows(IMAGES // world.size)
+    objective.before_step(0.3, epoch=5.0)
+    loss = engine.forward(batch_of({name: view[:, rows] for name, view in views_of(objective).items()}))
     engine.backward(loss.total)
-    found = facts(objective, loss)
-    for term in ("loss", *loss.terms):
-        found[term] = world.mean(found[term].clone())
-    return found
+    gradients = {f"gradient of {name}": p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    engine.step()
+    objective.after_step()
+    values = {name: world.mean(value.clone()) for name, value in {"loss": loss.total.detach(), **loss.terms}.items()}
+    return gradients | objective.state_dict() | values
 
 
-def batch_of(views: dict[str, Tensor]) -> Batch:
-    images = views["base"].shape[1]
-    return Batch(views, torch.arange(images), torch.full((images,), -1))
+def on_one_rank(title: str) -> dict[str, Tensor]:
+    return one_step(METHODS[title], World(0, 1, 0, 1, torch.device("cpu")))
 
 
 def rank_main(rank: int, folder: Path) -> None:
@@ -85,10 +64,13 @@ def rank_main(rank: int, folder: Path) -> None:
     wait = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=wait)
     world = World(rank, RANKS, rank, 1, torch.device("cpu"))
-    found = {title: on_this_rank(*objective, world) for title, objective in OBJECTIVES.items()}
-    found["own batch statistics"] = on_this_rank(*OBJECTIVES["simclr"], world, sync_batchnorm=False)
+    found = {title: one_step(section, world) for title, section in METHODS.items()}
+    found["own batch statistics"] = one_step(METHODS["simclr"], world, sync_batchnorm=False)
     simclr.gather_rows, simclr.local_rows = (lambda x: x), (lambda rows: slice(None))
-    found["own negatives"] = on_this_rank(*OBJECTIVES["simclr"], world)
+    found["own negatives"] = one_step(METHODS["simclr"], world)
+    moco.gather_views = barlow.gather_views = lambda views: views
+    found["own queue"] = one_step(METHODS["moco"], world)
+    found["own correlation"] = one_step(METHODS["barlow"], world)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -103,21 +85,23 @@ def on_two_ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
 
 
 def greatest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of all gradients, buffers and losses, relative to the largest entry of each."""
+    """Of all tensors, relative to the largest entry of each."""
     assert found.keys() == expected.keys()
-    return max(
-        ((found[key] - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)).item() for key in expected
-    )
+    pairs = [(found[key].double(), expected[key].double()) for key in expected]
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-3)).item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("title", OBJECTIVES)
-def test_two_ranks_have_the_losses_gradients_and_statistics_of_one(title, on_two_ranks):
-    expected = on_one_rank(*OBJECTIVES[title])
+@pytest.mark.parametrize("title", METHODS)
+def test_two_ranks_compute_and_become_what_one_does(title, on_two_ranks):
+    expected = on_one_rank(title)
     for rank in on_two_ranks:
         assert greatest_difference(rank[title], expected) < 1e-10
 
 
-@pytest.mark.parametrize("shortcut", ["own negatives", "own batch statistics"])
+SHORTCUTS = {"own negatives": "simclr", "own batch statistics": "simclr", "own queue": "moco", "own correlation": "barlow"}
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_the_comparison_sees_a_rank_that_keeps_to_itself(shortcut, on_two_ranks):
-    expected = on_one_rank(*OBJECTIVES["simclr"])
+    expected = on_one_rank(SHORTCUTS[shortcut])
     assert greatest_difference(on_two_ranks[0][shortcut], expected) > 0.01

@@ -39,7 +39,7 @@ class MoCoBranch(Branch):
         super().__init__(features, settings)
         self.register_buffer("queue", F.normalize(torch.randn(settings.queue, settings.dim), dim=-1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
-        self.keys = self.queue[None, :0]  # of this step, [2, B, d], until after it they join the queue
+        self.keys: Tensor | None = None  # of this step, [2, B, d], until they join the queue
 
     def heads(self, features: int) -> tuple[nn.Module, nn.Module]:
         """The two-layer head of MoCo-v2."""
@@ -47,19 +47,22 @@ class MoCoBranch(Branch):
 
     def loss(self, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE of both views, each with the other's key."""
-        self.keys = F.normalize(outputs.target, dim=-1)
-        contrastive = info_nce(outputs.embedding[:2], self.keys.flip(0), self.queue, self.settings.temperature)
+        self.keys = keys = F.normalize(outputs.target, dim=-1)
+        contrastive = info_nce(outputs.embedding[:2], keys.flip(0), self.queue, self.settings.temperature)
         return contrastive, {"contrastive": contrastive.detach()}
 
     @torch.no_grad()
     def after_step(self, momentum: float) -> None:
         """The teacher follows; the keys of all ranks replace the oldest, view by view, image by image."""
         super().after_step(momentum)
+        if self.keys is None:  # the loss was not asked for
+            return
         size = len(self.queue)
         newest = gather_views(self.keys).flatten(0, 1)[-size:]
         rows = (self.oldest + torch.arange(len(newest), device=newest.device)) % size
         self.queue.index_copy_(0, rows, newest)
         self.oldest.add_(len(newest)).remainder_(size)
+        self.keys = None
 
 
 @register("moco")
