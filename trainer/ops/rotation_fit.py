@@ -153,8 +153,9 @@ def _route(source: Tensor, rotation: bool) -> Callable[..., Fit]:
 
 def factorise(source: Tensor, target: Tensor, proper: bool, rotation: bool) -> Fit:
     """By QR to the span of the points and an SVD there; a group that is not finite gives nan."""
-    finite = (source.isfinite() & target.isfinite()).all(dim=2).all(dim=1)
-    source, target = (torch.where(finite[:, None, None], points, 0) for points in (source, target))
+    finite = (source.sum((1, 2)) + target.sum((1, 2))).isfinite()
+    if not finite.all():  # LAPACK refuses all for one
+        source, target = (torch.where(finite[:, None, None], points, 0) for points in (source, target))
     spanned = source.shape[1] < source.shape[2]
     if spanned:
         (qa, ra), (qb, rb) = torch.linalg.qr(source.mT), torch.linalg.qr(target.mT)
@@ -204,12 +205,12 @@ def _evaluate(
 
     The residual is summed from the differences: as ||A||^2 + ||B||^2 - 2 nuclear it would cancel where the fit is good.
     """
-    turned, back = a @ turn, b @ turn.mT
+    turned = a @ turn
     residual = (turned - b).square().sum((1, 2))
-    if bases is not None:
-        turned, back = turned @ bases[1], back @ bases[0]
     scale = a.square().sum((1, 2)) + b.square().sum((1, 2))
-    return residual, scale, [2 * (source - back), 2 * (target - turned)]
+    back, forth = ((b, turn.mT), (a, turn)) if bases is None else ((b @ turn.mT, bases[0]), (turned, bases[1]))
+    gradients = [torch.baddbmm(x, *fitted, beta=2, alpha=-2) for x, fitted in ((source, back), (target, forth))]
+    return residual, scale, gradients
 
 
 def _unresolved(s: Tensor) -> Tensor:
@@ -254,18 +255,18 @@ def _complete(left: Tensor, right: Tensor, s: Tensor, proper: bool) -> Tensor:
     eps, dim = torch.finfo(s.dtype).eps, left.shape[1]
     counts = s.abs() > dim * eps * s[:, :1].abs()
     left, right = left * counts[:, None], right * counts[:, None]
-    rotation = left @ right.mT
     if left.shape[2] == dim and counts.all():
-        return rotation
+        return left @ right.mT
+    overlap, identity = left.mT @ right, torch.eye(dim, dtype=s.dtype, device=s.device)
     # A direction that does not count gets the singular value 2, above all cosines, and so mixes with none.
-    u, cosine, vh = torch.linalg.svd(left.mT @ right + torch.diag_embed(2.0 * ~counts).to(s.dtype))
+    u, cosine, vh = torch.linalg.svd(overlap + torch.diag_embed(2.0 * ~counts).to(s.dtype))
     middle = (left @ u + right @ vh.mT) / (1 + cosine)[:, None]
-    outside = torch.eye(dim, dtype=s.dtype, device=s.device) - left @ left.mT
-    rotation = rotation + outside - (outside @ right) @ vh.mT @ middle.mT
-    if proper:
-        free, longest = outside.diagonal(dim1=1, dim2=2).max(dim=1)
-        axis = outside[torch.arange(len(outside)), longest] / free.clamp_min(eps).sqrt()[:, None]
-        improper = (torch.linalg.det(rotation) < 0) & (counts.sum(dim=1) < dim)
-        mirrored = rotation - 2 * axis[:, :, None] * (axis[:, None] @ rotation)
-        rotation = torch.where(improper[:, None, None], mirrored, rotation)
+    rotation = torch.baddbmm(identity, left, (right - left).mT)
+    rotation.baddbmm_(right - left @ overlap, (middle @ vh).mT, alpha=-1)
+    if proper:  # the direct rotation is proper; what is left decides
+        free, longest = (1 - left.square().sum(dim=2)).max(dim=1)
+        improper = (torch.linalg.det(u) * torch.linalg.det(vh) < 0) & (counts.sum(dim=1) < dim)
+        axis = identity[longest, :, None] - left @ left[torch.arange(len(left)), longest, :, None]
+        mirror = axis * (improper / free.clamp_min(eps))[:, None, None]
+        rotation.baddbmm_(mirror, axis.mT @ rotation, alpha=-2)
     return rotation
