@@ -1,11 +1,12 @@
-"""How much faster than torchvision does the data path make SimCLR's two views, at 32, 160 and 224 pixels?
+"""How much faster than torchvision does the data path make views: SimCLR's pairs, CLeVER's turned ones, DINO's multi-crop?
 
     python benchmarks/data_path.py [--shards32 DIR] [--shards160 DIR] [--rounds 3] [--json FILE]
 
 Four pipelines take turns in every round: ours with draws per image and with draws shared by a group (CARE), and torchvision
 v2 in a DataLoader of two workers, on PIL images and on uint8 tensors. All decode the same images of the same shards (the
-DataLoader holds them encoded in memory) and do the same work: crop, flip, colour jitter, grayscale, blur, normalise.
-CPU time is that of the process and its workers.
+DataLoader holds them encoded in memory) and do the same work, as far as the case has it: crop, flip, rotation, elastic
+transform, colour jitter, grayscale, blur, solarisation, normalisation. (Beyond the border of a turned view ours mirror it,
+torchvision's are black.) CPU time is that of the process and its workers.
 """
 
 import io
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 
@@ -36,6 +38,15 @@ from trainer.errors import UserError, exit_with_one_line
 
 THREADS = 2  # of DALI, and workers of the DataLoader
 WARM = 5  # batches: more than a DataLoader of two workers holds ready
+SIMCLR = Augmentation()
+DINO = Augmentation(
+    crop_scale=(0.4, 1.0),
+    saturation=0.2,
+    blur=1.0,
+    second={"blur": 0.1, "solarize": 0.2},
+    local={"crop_scale": [0.05, 0.4], "blur": 0.5},
+)
+MULTI_CROP = (ViewSpec("base", 2, 224, DINO.pair()), ViewSpec("local", 8, 96, DINO.variant("local")))
 OURS = ("ours, draws per image", "ours, draws shared by a group")
 THEIRS = ("torchvision v2 on PIL", "torchvision v2 on uint8 tensors")
 
@@ -53,22 +64,33 @@ def benchmark(shards32: str | None = None, shards160: str | None = None, rounds:
     large = ShardFolder.open(Path(shards160 or imagenette()) / "train")
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
     console, cases = Console(width=120), {}
-    for folder, size, batch_size, batches in [(small, 32, 256, 6), (large, 160, 32, 6), (large, 224, 32, 5)]:
-        cases[f"{size} px"] = case = compare(folder, size, batch_size, batches, rounds)
-        title = f"Two views of {size} px from {case['images']}, batch {batch_size}, median of {rounds}; {machine}"
+    for name, folder, views, batch_size, batches in [
+        ("32 px", small, pair(32, SIMCLR), 256, 6),
+        ("160 px", large, pair(160, SIMCLR), 32, 6),
+        ("224 px", large, pair(224, SIMCLR), 32, 5),
+        ("32 px, CAug+", small, pair(32, replace(DINO, rotation=90, elastic=0.5)), 256, 3),
+        ("2 x 224 + 8 x 96 px", large, MULTI_CROP, 16, 3),
+    ]:
+        cases[name] = case = compare(folder, views, batch_size, batches, rounds)
+        title = f"{name}: views of {case['images']}, batch {batch_size}, median of {rounds}; {machine}"
         console.print(as_table(case["pipelines"], title))
     if json:
         Path(json).write_text(dumps({"machine": machine, "threads": THREADS, "rounds": rounds, "cases": cases}, indent=1))
 
 
-def compare(folder: ShardFolder, size: int, batch_size: int, batches: int, rounds: int) -> dict:
+def pair(size: int, augmentation: Augmentation) -> tuple[ViewSpec]:
+    """Two views of one size."""
+    return (ViewSpec("views", 2, size, augmentation.pair()),)
+
+
+def compare(folder: ShardFolder, views: Sequence[ViewSpec], batch_size: int, batches: int, rounds: int) -> dict:
     """Images/s and CPU-ms per image of the four pipelines, taking turns; ours is given four times the batches."""
     encoded = read_images(folder)
     # The DataLoaders fork their workers before DALI starts its threads.
-    streams = {name: iter(theirs(encoded, size, batch_size, name == THEIRS[0])) for name in THEIRS}
+    streams = {name: iter(theirs(encoded, views, batch_size, name == THEIRS[0])) for name in THEIRS}
     for stream in streams.values():
         next(stream)
-    streams |= {name: ours(folder, size, batch_size, name == OURS[1]) for name in OURS}
+    streams |= {name: ours(folder, views, batch_size, name == OURS[1]) for name in OURS}
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in (*OURS, *THEIRS)}
     for _ in range(rounds):
         for name, runs in measured.items():
@@ -117,48 +139,58 @@ def cpu_seconds() -> float:
     return sum(times.user + times.system for times in (process.cpu_times() for process in (me, *me.children(recursive=True))))
 
 
-def ours(folder: ShardFolder, size: int, batch_size: int, grouped: bool):
+def ours(folder: ShardFolder, views: Sequence[ViewSpec], batch_size: int, grouped: bool):
     """Our loader."""
     from trainer.data.loader import Loader
 
-    view = ViewSpec("views", 2, size, Augmentation(), *(("group", 16) if grouped else ("image", 0)))
+    views = [replace(view, shared_by="group", groups=16) for view in views] if grouped else views
     options = {"threads": THREADS, "mean": Data.mean, "std": Data.std, "shuffle_buffer": 1024}
-    return Loader(folder, [view], batch_size=batch_size, seed=0, **options)
+    return Loader(folder, views, batch_size=batch_size, seed=0, **options)
 
 
-def theirs(encoded: list[bytes], size: int, batch_size: int, pil: bool) -> DataLoader:
-    """The same work by torchvision, in the order that SimCLR implementations use."""
-    a = Augmentation()
-    transform = v2.Compose(
+def theirs(encoded: list[bytes], views: Sequence[ViewSpec], batch_size: int, pil: bool) -> DataLoader:
+    """The same work by torchvision."""
+    transforms = [transform(view.of(copy), view.size) for view in views for copy in range(view.count)]
+    images = Images(encoded, transforms, pil)
+    workers = {"num_workers": THREADS, "persistent_workers": True, "drop_last": True}
+    return DataLoader(images, batch_size, sampler=Endless(len(encoded)), **workers)
+
+
+def transform(a: Augmentation, size: int) -> v2.Transform:
+    """One view, in the order that SimCLR, DINO and CLeVER use; steps that are never taken are left out."""
+    turn = [v2.RandomRotation(a.rotation, v2.InterpolationMode.BILINEAR)] if a.rotation else []
+    bend = [v2.RandomApply([v2.ElasticTransform(a.elastic_alpha)], a.elastic)] if a.elastic else []
+    solarize = [v2.RandomSolarize(128, a.solarize)] if a.solarize else []
+    return v2.Compose(
         [
             v2.RandomResizedCrop(size, a.crop_scale, a.crop_ratio, antialias=True),
             v2.RandomHorizontalFlip(a.flip),
+            *turn,
+            *bend,
             v2.RandomApply([v2.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)], a.jitter),
             v2.RandomGrayscale(a.grayscale),
             v2.RandomApply([v2.GaussianBlur(2 * (size // 20) + 1, a.blur_sigma)], a.blur),
+            *solarize,
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(Data.mean, Data.std),
         ]
     )
-    images = Images(encoded, transform, pil)
-    workers = {"num_workers": THREADS, "persistent_workers": True, "drop_last": True}
-    return DataLoader(images, batch_size, sampler=Endless(len(encoded)), **workers)
 
 
 class Images(Dataset):
-    """Encoded images in memory, and two views of each."""
+    """Encoded images in memory, and the views of each."""
 
-    def __init__(self, encoded: list[bytes], transform: Callable, pil: bool) -> None:
-        self.encoded, self.transform, self.pil = encoded, transform, pil
+    def __init__(self, encoded: list[bytes], transforms: Sequence[Callable], pil: bool) -> None:
+        self.encoded, self.transforms, self.pil = encoded, transforms, pil
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
         if self.pil:
             image = Image.open(io.BytesIO(self.encoded[i])).convert("RGB")
         else:
             buffer = torch.frombuffer(bytearray(self.encoded[i]), dtype=torch.uint8)
             image = decode_image(buffer, ImageReadMode.RGB)
-        return self.transform(image), self.transform(image)
+        return tuple(transform(image) for transform in self.transforms)
 
 
 class Endless(torch.utils.data.Sampler):
