@@ -10,6 +10,7 @@ def main(
     split: str = "test",
     images: int = 2000,
     draws: int = 20,
+    parts: str | tuple[str, ...] = "full",
     passes: int = 4,
     batch_size: int = 256,
     seed: int = 0,
@@ -24,6 +25,7 @@ def main(
         split: test for a result, val to choose settings by; never train.
         images: held-out images for the geometry, at most; many times the embedding's dimension.
         draws: transformations, each applied to all of these images.
+        parts: of the representation that are probed, for example full,invariant,equivariant; see docs/methods/clever.md.
         passes: light augmentations of the training images that the linear probe sees.
         batch_size: images encoded at a time.
         seed: of draws, augmentations and the probe.
@@ -38,6 +40,7 @@ def main(
         split=str(split),
         images=images,
         draws=draws,
+        parts=parts.split(",") if isinstance(parts, str) else parts,  # fire makes a tuple of words with commas
         passes=passes,
         batch_size=batch_size,
         seed=seed,
@@ -54,7 +57,7 @@ def _show(result: dict, out: str) -> None:
     for column in ("measure", "value", "meaning"):
         table.add_column(column, justify="right" if column == "value" else "left")
     for name, value in result["measures"].items():
-        number = f"{value:.2f}" if name in ("knn", "linear", "effective_rank") else f"{value:.3f}"
+        number = f"{value:.2f}" if name.startswith(("knn", "linear", "effective_rank")) else f"{value:.3f}"
         table.add_row(name, number, result["definitions"][name])
     console = Console()
     console.print(table)

@@ -23,15 +23,24 @@ SMALL = {"images": 48, "draws": 3, "passes": 1, "batch_size": 100}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, synthetic_shards):
-    """An untrained CARE model of 8-dimensional embeddings, saved at step 7."""
-    settings = {"data.shards": str(synthetic_shards), "objective.base.dim": 8, "model.args": {"channels": [8, 8, 16, 16]}}
-    run = load_run("demo", settings)
-    torch.manual_seed(0)
-    world = World(rank=0, size=1, local_rank=0, nodes=1, device=torch.device("cpu"))
-    engine = SimpleNamespace(sharded=False, optimiser_state=dict)
-    folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    return Checkpoints(folder, run, world, keep=1).save(Progress(step=7), build_objective(run), engine, b"")
+def checkpoint_of(tmp_path_factory, synthetic_shards):
+    """Saves an untrained variant of the demo's model at step 7."""
+
+    def save(settings):
+        run = load_run("demo", {"data.shards": str(synthetic_shards)} | settings)
+        torch.manual_seed(0)
+        world = World(rank=0, size=1, local_rank=0, nodes=1, device=torch.device("cpu"))
+        engine = SimpleNamespace(sharded=False, optimiser_state=dict)
+        folder = tmp_path_factory.mktemp("run") / "checkpoints"
+        return Checkpoints(folder, run, world, keep=1).save(Progress(step=7), build_objective(run), engine, b"")
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoint_of):
+    """An untrained CARE model of 8-dimensional embeddings."""
+    return checkpoint_of({"objective.base.dim": 8, "model.args": {"channels": [8, 8, 16, 16]}})
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,21 @@ def test_all_measures_figures_and_their_circumstances_are_written(result):
     measures = written["measures"]
     assert measures["wahba_o"] <= measures["wahba_so"] <= measures["l_inv"]
     assert 0 <= measures["unexplained"] <= 1
+
+
+def test_parts_of_the_representation_are_measured_by_name(checkpoint_of, synthetic_shards, tmp_path):
+    base = {"name": "simclr", "dim": 8}
+    clever = checkpoint_of({"objective.name": "clever", "objective.base": base, "model.args": {"channels": [8, 8, 16, 16]}})
+    parts = ["full", "invariant", "equivariant"]
+    written = evaluate(clever, synthetic_shards, tmp_path, **SMALL, parts=parts)
+    measures = written["measures"]
+    assert {
+        f"{measure}{part}" for measure in ("knn", "linear", "hue_r2") for part in ("", *(f"_{p}" for p in parts[1:]))
+    } <= set(measures)
+    assert set(measures) == set(written["definitions"])
+    assert len({measures[name] for name in ("hue_r2", "hue_r2_invariant", "hue_r2_equivariant")}) == 3
+    with pytest.raises(UserError, match="'variant'.*one of full, invariant, equivariant"):
+        evaluate(clever, synthetic_shards, tmp_path / "other", **SMALL, parts=["variant"])
 
 
 def test_two_evaluations_agree_exactly(result, checkpoint, synthetic_shards, tmp_path):

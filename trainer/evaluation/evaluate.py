@@ -1,6 +1,7 @@
 """The evaluation of one checkpoint on held-out images: every measure, its figures, one metrics.json."""
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -51,6 +52,7 @@ def evaluate(
     split: str = "test",
     images: int = 2000,
     draws: int = 20,
+    parts: Sequence[str] = ("full",),
     passes: int = 4,
     batch_size: int = 256,
     seed: int = 0,
@@ -65,6 +67,8 @@ def evaluate(
         split: "test" for a result; "val" to choose settings by.
         images: held-out images that the geometry is measured on, at most; it needs many times the embedding's dimension.
         draws: transformations, each applied to all of these images.
+        parts: of the representation, that kNN, probe and factor regression read, each in turn. "full" is all of it; CLeVER has
+            "invariant" and "equivariant", a ViT "last4". Measures of parts carry their names: `knn_invariant`.
         passes: light augmentations of the training images that the linear probe sees.
         batch_size: images encoded at a time.
         seed: of draws, augmentations and the probe.
@@ -73,7 +77,7 @@ def evaluate(
     Returns: what metrics.json holds.
 
     Raises:
-        UserError: no such or a damaged checkpoint, missing shards, or a split that was trained on.
+        UserError: no such or a damaged checkpoint, missing shards, a split that was trained on, or no such part.
     """
     if split not in ("val", "test"):
         found = f"--split is {split}"
@@ -92,7 +96,13 @@ def evaluate(
     objective, run = load_objective(path)
     bench = Bench(objective.to(device), run, seed, device)
 
-    learnt = bench.measure_content(train, held_out, passes, batch_size)
+    learnt: dict[str, float] = {}
+    definitions = dict(DEFINITIONS)
+    for part in parts:
+        content = bench.measure_content(train, held_out, passes, batch_size, part)
+        about = {name: DEFINITIONS.get(name) or _recovery_definition(name) for name in content}
+        learnt |= {_of_part(name, part): value for name, value in content.items()}
+        definitions |= {_of_part(name, part): text if part == "full" else f"{part}: {text}" for name, text in about.items()}
     motion, turned, embedding = bench.measure_geometry(held_out, images, draws)
     measures = learnt | {name: fmean(values) for name, values in motion.items()}
     measures["unexplained"] = unexplained(measures["wahba_so"], measures["l_inv"])
@@ -100,7 +110,7 @@ def evaluate(
     result: dict[str, Any] = {
         "measures": measures,
         "notes": _notes(measures, embedding),
-        "definitions": DEFINITIONS | {name: _recovery_definition(name) for name in measures if name.endswith("_r2")},
+        "definitions": definitions,
         "split": split,
         "images": {"train": train.samples, split: held_out.samples, "geometry": len(embedding)},
         "draws": draws,
@@ -128,13 +138,15 @@ class Bench:
     seed: int
     device: str
 
-    def measure_content(self, train: ShardFolder, held_out: ShardFolder, passes: int, batch_size: int) -> dict[str, float]:
-        """What the backbone's features hold: classes (kNN, linear probe) and known factors, by name, where there are any."""
+    def measure_content(
+        self, train: ShardFolder, held_out: ShardFolder, passes: int, batch_size: int, part: str
+    ) -> dict[str, float]:
+        """What a part of the features holds: classes (kNN, linear probe) and known factors, by name, where there are any."""
         if train.classes is None and held_out.factors is None:
             return {}
         light = ViewSpec("light", passes, self.run.data.size, LIGHT)
-        bank = self._extract(train, batch_size, [self._plain, light], "training images")
-        query = self._extract(held_out, batch_size, [self._plain], f"{held_out.split} images")
+        bank = self._extract(train, batch_size, [self._plain, light], f"training images, {part}", part)
+        query = self._extract(held_out, batch_size, [self._plain], f"{held_out.split} images, {part}", part)
         measures = {}
         known, asked = bank.label >= 0, query.label >= 0
         if known.any() and asked.any():
@@ -175,7 +187,7 @@ class Bench:
         return ViewSpec("plain", 1, self.run.data.size, None)
 
     def _extract(
-        self, folder: ShardFolder, batch_size: int, views: list[ViewSpec], about: str, part: str = "full", limit: int = 10**9
+        self, folder: ShardFolder, batch_size: int, views: list[ViewSpec], about: str, part: str, limit: int = 10**9
     ) -> Features:
         """Features of the batches that hold the first `limit` images."""
         from rich.progress import track
@@ -200,6 +212,10 @@ class Bench:
         )
 
 
+def _of_part(measure: str, part: str) -> str:
+    return measure if part == "full" else f"{measure}_{part}"
+
+
 def _factor(folder: ShardFolder, features: Features, name: str) -> tuple[Tensor, Tensor]:
     """Features and values of one factor, of the images on which it can be seen: [N, D] and [N, 1 or 2]."""
     assert folder.factors is not None
@@ -222,7 +238,7 @@ def _notes(measures: dict[str, float], embedding: Tensor) -> list[str]:
     """What a reader of the numbers must know about them."""
     notes = []
     n, d = embedding.shape
-    if "knn" not in measures:
+    if not any(name.startswith("knn") for name in measures):
         notes.append("The images have no labels: kNN and linear are left out.")
     if n < 4 * d:
         notes.append(f"{n} images are fewer than 4 x {d} dimensions: rotations fit them by chance, wahba is too low.")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.data.views import Batch
+from trainer.errors import UserError
 from trainer.objectives.objective import Objective
 
 
@@ -77,4 +78,9 @@ def _of_all_ranks(chunks: list[Features]) -> list[Features]:
 
 
 def _encode(objective: Objective, images: Tensor, part: str) -> Tensor:
-    return objective.embed(images) if part == "embedding" else objective.represent(images)[part]
+    if part == "embedding":
+        return objective.embed(images)
+    parts = objective.represent(images)
+    if part not in parts:
+        raise UserError(f"no part {part!r} of the representation", f"one of {', '.join(parts)}", "Choose one of them.")
+    return parts[part]
