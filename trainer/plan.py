@@ -25,13 +25,15 @@ class Cost:
     """What one rank holds and sends.
 
     Args:
-        parameters: weights of the objective, heads included.
-        encoded: images that pass the encoder in one step, over all ranks.
+        parameters: weights that train, heads included.
+        frozen: numbers held beside them: teachers, queues, statistics.
+        encoded: images, small crops among them, that pass the encoder in one step, over all ranks.
         memory_bytes: weights, gradients, optimiser and activations on one rank, estimated.
         sent_bytes: gradients and embeddings that one rank sends in one step, ring collectives assumed.
     """
 
     parameters: int
+    frozen: int
     encoded: int
     memory_bytes: int
     sent_bytes: int
@@ -45,21 +47,24 @@ def estimate(run: Run, ranks: int) -> Cost:
     """
     with torch.device("meta"):
         objective = build_objective(run)
-    parameters = sum(p.numel() for p in objective.parameters())
+    parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    frozen = sum(tensor.numel() for tensor in objective.state_dict().values()) - parameters
     rows = rank_batch_size(run.data.batch_size, ranks, objective.views())
     views = sum(view.count for view in objective.views())
-    activations = _activations(objective, run.data.size) * rows * views
+    whole = sum(view.count * (view.size / run.data.size) ** 2 for view in objective.views())  # a small crop is part of a view
+    activations = _activations(objective, run.data.size) * rows * whole
     width = 2 if run.engine.precision == "bf16" else 4
     shards = ranks if run.engine.zero_stage else 1
     gradients = ranks if run.engine.zero_stage == 2 else 1
     state = 4 * parameters * (1 + 1 / gradients + STATES[run.optimiser.name] / shards) + (
         4 * parameters / shards if shards > 1 else 0
     )
+    state += 4 * frozen
     ring = (ranks - 1) / ranks
     embeddings = 2 * run.data.batch_size * _embedding_dim(objective, run.data.size) * 4
     # An all-reduce sends everything twice; gathered embeddings go once forward, and their gradients are all-reduced.
     sent = ring * (2 * 4 * parameters + 3 * embeddings)
-    return Cost(parameters, run.data.batch_size * views, int(state + activations * width), int(sent))
+    return Cost(parameters, frozen, run.data.batch_size * views, int(state + activations * width), int(sent))
 
 
 def print_plan(run: Run, nodes: int | None) -> None:
@@ -96,7 +101,7 @@ def _length(run: Run, world: World) -> list[tuple[str, str]]:
 
 def _cost(cost: Cost) -> list[tuple[str, str]]:
     return [
-        ("parameters", f"{cost.parameters:,}"),
+        ("parameters", f"{cost.parameters:,}, and {cost.frozen:,} numbers that do not train"),
         ("images encoded a step", f"{cost.encoded:,}"),
         ("memory of a rank", f"{cost.memory_bytes / 2**30:.2f} GiB, estimated"),
         ("sent by a rank a step", f"{cost.sent_bytes / 2**20:.1f} MiB"),
