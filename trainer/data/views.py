@@ -47,7 +47,8 @@ class Batch:
         views[name]: float32 [count, B, 3, size, size], normalised.
         index: int64 [B], position of the image in its split.
         label: int64 [B], -1 where the image has none.
-        draws[name][parameter]: [count, B, ...], what was drawn for every view and image.
+        draws[name][parameter]: [count, B, ...], what was drawn for every view and image, in the units of `augment.draw`;
+            nothing for evaluation views.
     """
 
     views: dict[str, Tensor]
