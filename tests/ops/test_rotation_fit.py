@@ -112,7 +112,7 @@ def test_matrix_products_fit_as_well_and_what_they_cannot_is_fitted_again(kinds,
         check(kinds, n, d, seed, group)
 
 
-@pytest.mark.parametrize(("n", "d"), [(400, 5), (32, 512)])
+@pytest.mark.parametrize(("n", "d"), [(400, 5), (128, 128), (32, 512)])
 def test_serves_many_points_and_many_dimensions(n, d):
     check(["random", "noise 1e-2", "spectrum 1e-8, noise 1e-1"], n, d, 0, "SO")
 

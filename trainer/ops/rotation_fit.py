@@ -213,14 +213,19 @@ def _evaluate(
     return residual, scale, gradients
 
 
-def _unresolved(s: Tensor) -> Tensor:
-    """What the rounding of M costs the residual, estimated from its singular values [G, k] in descending order.
+def _noise(s: Tensor) -> Tensor:
+    """The singular value, [G, 1], that rounding alone may make of 0; s [G, k] in descending order."""
+    return 4 * torch.finfo(s.dtype).eps * s[:, :1].abs()
 
-    A rounding error eps s_1 turns the direction of s_i by eps s_1 / s_i, which costs s_i times its square; but never more
-    than a direction is worth.
+
+def _unresolved(s: Tensor) -> Tensor:
+    """What the rounding of M costs its nuclear norm, [G], estimated from its singular values [G, k] in descending order.
+
+    A rounding error e turns the direction of s_i by e / s_i, which costs s_i times its square; but never more than the
+    direction is worth.
     """
-    rounding = 4 * torch.finfo(s.dtype).eps * s[:, :1]
-    return torch.minimum(s.abs(), rounding.square() / s.abs().clamp_min(torch.finfo(s.dtype).tiny)).sum(dim=1)
+    turned = _noise(s).square() / s.abs().clamp_min(torch.finfo(s.dtype).tiny)
+    return torch.minimum(s.abs(), turned).sum(dim=1)
 
 
 def _gauge(residual: Tensor, scale: Tensor, turn: Tensor, shift: Tensor, directions: int) -> Tensor:
@@ -253,7 +258,7 @@ def _complete(left: Tensor, right: Tensor, s: Tensor, proper: bool) -> Tensor:
         proper: make the determinant 1, by a reflection off the span where there is room.
     """
     eps, dim = torch.finfo(s.dtype).eps, left.shape[1]
-    counts = s.abs() > dim * eps * s[:, :1].abs()
+    counts = s.abs() > _noise(s)
     left, right = left * counts[:, None], right * counts[:, None]
     if left.shape[2] == dim and counts.all():
         return left @ right.mT
