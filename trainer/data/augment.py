@@ -32,8 +32,8 @@ def draw(
         side: modes a side of the elastic transform's displacement, as `warp.modes` gives them; 0 draws no field.
 
     Returns:
-        extent: height and width of the crop, of the side of a square image, [n, 2] in (0, 1]; where corners are inscribed, at
-            most 1 / `warp.reach` of it will be seen.
+        extent: height and width of the crop, of the side of a square image, [n, 2] in (0, 1]; where corners are inscribed,
+            a crop wider than 1 / `warp.reach` of the image shrinks to that.
         anchor: where the crop lies, 0 top or left, 1 bottom or right, [n, 2] in [0, 1).
         flip: mirrored left to right, bool [n].
         brightness, contrast, saturation: factors, 1 leaves the image alone, [n].
