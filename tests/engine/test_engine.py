@@ -2,20 +2,28 @@
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from trainer.config import Schedule
+from trainer.checkpoint import Progress
+from trainer.config import Engine, Optimiser, Schedule
 from trainer.data.views import Batch
 from trainer.engine.batchnorm import synchronise_batchnorm
 from trainer.engine.engine import build_engine, build_optimiser, place
 from trainer.engine.world import join, leave, look_around
+from trainer.errors import UserError
 from trainer.objectives.objective import build_objective
-from trainer.prepare import build_schedule
+from trainer.prepare import Trainer, build_schedule
 
 STEPS = 4
+BASES = {
+    "simclr": {"name": "simclr", "hidden": 64},
+    "with a teacher, which does not train": {"name": "byol", "hidden": 64},
+    "with a layer that is frozen": {"name": "dino", "hidden": 64, "bottleneck": 16, "out": 128, "local_crops": 0},
+}
 
 
 def losses(shards, out, **overrides) -> list[float]:
@@ -49,9 +57,9 @@ def alone() -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("clip", [0.0, 0.01])
-@pytest.mark.parametrize("base", ["simclr", "byol"])  # without and with a teacher, which does not train
+@pytest.mark.parametrize("base", BASES)
 def test_deepspeed_takes_the_steps_that_ddp_takes(synthetic_shards, tmp_path, stage, clip, base):
-    common = {"optimiser__clip_norm": clip, "objective__base__name": base, "objective__base__hidden": 64}
+    common = {"optimiser__clip_norm": clip} | {f"objective__base__{key}": value for key, value in BASES[base].items()}
     plain = losses(synthetic_shards, tmp_path, **common)
     settings = {"engine__kind": "deepspeed", "engine__zero_stage": stage}
     zero = losses(synthetic_shards, tmp_path, **common, **settings)
@@ -77,6 +85,24 @@ def test_a_constant_schedule_stays_at_its_peak():
     for step in (0, 50, 99):
         schedule.step_update(step)
         assert optimiser.param_groups[0]["lr"] == pytest.approx(0.8)
+
+
+def test_weight_decay_follows_its_cosine_where_there_is_any():
+    """end - (end - start) (1 + cos(pi t / T)) / 2, of weights; biases and norms stay exempt."""
+    settings = Optimiser(weight_decay=0.04, weight_decay_end=0.4)
+    module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    optimiser = build_optimiser(module, settings, Engine(kind="ddp"))
+    schedule = build_schedule(Schedule(), optimiser, steps=100, steps_per_epoch=10)
+    for step in range(100):
+        run = SimpleNamespace(optimiser=settings)
+        trainer = SimpleNamespace(schedule=schedule, progress=Progress(step), run=run, optimiser=optimiser, steps=100)
+        Trainer.set_rates(trainer)
+        decays = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+        expected = 0.4 - 0.18 * (1 + math.cos(math.pi * step / 100))
+        assert decays.pop(id(module[0].weight)) == pytest.approx(expected, rel=1e-12)
+        assert set(decays.values()) == {0.0}
+    with pytest.raises(UserError, match="weight_decay_end"):
+        build_optimiser(module, Optimiser(weight_decay=0.0, weight_decay_end=0.4), Engine(kind="ddp"))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

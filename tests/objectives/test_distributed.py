@@ -14,7 +14,7 @@ from trainer.config import Engine, Run
 from trainer.engine.ddp import DDPEngine
 from trainer.engine.engine import place
 from trainer.engine.world import World, local_rows
-from trainer.objectives import barlow, moco, simclr
+from trainer.objectives import barlow, dino, moco, simclr
 from trainer.objectives.objective import Objective
 
 RANKS, IMAGES = 2, 16
@@ -23,6 +23,9 @@ VARIANTS = {
     "care of simclr, reference scale": wrapped("care", base("simclr"), **CARE, reference_scale=True),
     "care of simclr, rotation term": wrapped("care", base("simclr"), **CARE, term="rotation"),
     "care of clever of moco": wrapped("care", wrapped("clever", base("moco")), **CARE),
+    "care of clever of dino": wrapped("care", wrapped("clever", base("dino")), **CARE),
+    "clever of dino, reference": wrapped("clever", base("dino"), reference=True),
+    "clever of simsiam, reference": wrapped("clever", base("simsiam"), reference=True),
 } | {f"care of {name}, separate views": wrapped("care", base(name), **CARE, views="separate") for name in BASES}
 METHODS = methods() | VARIANTS
 
@@ -70,6 +73,8 @@ def rank_main(rank: int, folder: Path) -> None:
     found["own negatives"] = one_step(METHODS["simclr"], world)
     moco.gather_views = barlow.gather_views = lambda views: views
     found["own queue"] = one_step(METHODS["moco"], world)
+    dino.gather_rows = lambda rows: rows
+    found["own centre"] = one_step(METHODS["dino"], world)
     found["own correlation"] = one_step(METHODS["barlow"], world)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -98,7 +103,13 @@ def test_two_ranks_compute_and_become_what_one_does(title, on_two_ranks):
         assert greatest_difference(rank[title], expected) < 1e-10
 
 
-SHORTCUTS = {"own negatives": "simclr", "own batch statistics": "simclr", "own queue": "moco", "own correlation": "barlow"}
+SHORTCUTS = {
+    "own negatives": "simclr",
+    "own batch statistics": "simclr",
+    "own queue": "moco",
+    "own centre": "dino",
+    "own correlation": "barlow",
+}
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
