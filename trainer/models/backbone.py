@@ -39,11 +39,14 @@ def build_backbone(settings: Model, size: int, local_size: int | None = None) ->
         hint = f"Did you mean {near[0]!r}?" if near else "See timm.list_models()."
         raise UserError(f"model.backbone is {settings.backbone!r} ({error})", "the name of a timm model", hint) from error
     except (TypeError, AssertionError, ValueError) as error:
+        if "dynamic_img_size" in str(error):
+            found = f"objective.local_size is {local_size}, data.size {size}"
+            raise UserError(found, f"views of one size for {settings.backbone}", "Set both alike.") from error
         raise UserError(
             f"model.args is {settings.args} ({error})", f"arguments of {settings.backbone}", "Correct them."
         ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    if local_size % patch[0]:
+    if local_size != size and local_size % patch[0]:
         found = f"objective.local_size is {local_size} for patches of {patch[0]} pixels"
         raise UserError(found, "a multiple of them", "Change objective.local_size or model.args.")
     # Some timm models end with a layer that num_features leaves out.
