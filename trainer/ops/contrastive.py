@@ -14,7 +14,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, rows: slice = slice(None
 
     Every view is classified among the 2N - 1 others; the right answer is the other view of its image. The mean over
     disjoint `rows` that cover the batch is the loss of the batch, so that each rank computes its own rows only. Its
-    gradient reaches all rows; summed over the ranks it is the batch's. Differentiable once.
+    gradient reaches all rows, and averages to the batch's like the loss itself. Differentiable once.
 
     Args:
         z1, z2: unit-norm embeddings of two views, [N, d]; row i of both is the same image. Half types count in float32.
@@ -54,7 +54,7 @@ def _scale_gradient(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, None
 
 
 _nt_xent.register_autograd(_scale_gradient, setup_context=_keep_gradient)
-for device in ("cpu", "cuda"):  # products of embeddings in bfloat16 would cost a tenth of the loss
+for device in ("cpu", "cuda"):  # whatever the networks compute in, the loss is float32's
     _nt_xent.register_autocast(device, torch.float32)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 PRECISION = tl.constexpr("tf32x3")
 MASKED = tl.constexpr(-1e30)
-TILES = {"BM": 64, "BN": 64, "BK": 32}  # the largest of which the gradient kernel spills no register
+TILES = {"BM": 64, "BN": 64, "BK": 32}  # of 4 warps: the gradient kernel has no register to spare
 
 
 @triton.jit
