@@ -11,6 +11,7 @@ def main(
     images: int = 2000,
     draws: int = 20,
     parts: str | tuple[str, ...] = "full",
+    under: str | tuple[str, ...] = (),
     passes: int = 4,
     batch_size: int = 256,
     seed: int = 0,
@@ -26,6 +27,7 @@ def main(
         images: held-out images for the geometry, at most; many times the embedding's dimension.
         draws: transformations, each applied to all of these images.
         parts: of the representation that are probed, for example full,invariant,equivariant; see docs/methods/clever.md.
+        under: transformations that kNN and the probe are tested under, for example rotation90_jitter,jitter.
         passes: light augmentations of the training images that the linear probe sees.
         batch_size: images encoded at a time.
         seed: of draws, augmentations and the probe.
@@ -40,13 +42,19 @@ def main(
         split=str(split),
         images=images,
         draws=draws,
-        parts=parts.split(",") if isinstance(parts, str) else parts,  # fire makes a tuple of words with commas
+        parts=_words(parts),
+        under=_words(under),
         passes=passes,
         batch_size=batch_size,
         seed=seed,
         device=device,
     )
     _show(result, str(out))
+
+
+def _words(value: str | tuple[str, ...]) -> list[str]:
+    """Fire makes a tuple of words with commas."""
+    return value.split(",") if isinstance(value, str) else list(value)
 
 
 def _show(result: dict, out: str) -> None:

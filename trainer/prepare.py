@@ -150,9 +150,8 @@ def _validation_knn(run: Run, objective: Objective, world: World) -> float | Non
     if world.size > 1:  # without SyncBN every rank has running statistics of its own; rank 0's are the ones that are saved
         for buffer in objective.buffers():
             torch.distributed.broadcast(buffer, 0)
-    features = extract(
-        objective, _loader(run, ShardFolder.open(path), [view], world, run.data.batch_size // world.size, shuffle=False)
-    )
+    batches = _loader(run, ShardFolder.open(path), [view], world, run.data.batch_size // world.size, shuffle=False)
+    features = extract(objective, batches)["full"]
     values, label, even = features.values["plain"][0], features.label, features.index % 2 == 0
     return None if (label < 0).any() else knn_accuracy(values[even], label[even], values[~even], label[~even])
 

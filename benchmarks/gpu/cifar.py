@@ -42,7 +42,7 @@ def _trained(check: Check, recipe: str) -> Iterator[Row]:
 
     def knn() -> float:
         bank, query = (
-            extract(training.objective, _plain(check, training.run.data, *splits[split])) for split in ("train", "test")
+            extract(training.objective, _plain(check, training.run.data, *splits[split]))["full"] for split in ("train", "test")
         )
         return knn_accuracy(bank.values["plain"][0], bank.label, query.values["plain"][0], query.label)
 

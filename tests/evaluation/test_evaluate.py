@@ -70,15 +70,18 @@ def test_parts_of_the_representation_are_measured_by_name(checkpoint_of, synthet
     base = {"name": "simclr", "dim": 8}
     clever = checkpoint_of({"objective.name": "clever", "objective.base": base, "model.args": {"channels": [8, 8, 16, 16]}})
     parts = ["full", "invariant", "equivariant"]
-    written = evaluate(clever, synthetic_shards, tmp_path, **SMALL, parts=parts)
+    written = evaluate(clever, synthetic_shards, tmp_path, **SMALL, parts=parts, under=["jitter", "rotation90_jitter"])
     measures = written["measures"]
     assert {
         f"{measure}{part}" for measure in ("knn", "linear", "hue_r2") for part in ("", *(f"_{p}" for p in parts[1:]))
     } <= set(measures)
+    assert {"knn_jitter", "linear_rotation90_jitter", "linear_jitter_invariant"} <= set(measures)
     assert set(measures) == set(written["definitions"])
     assert len({measures[name] for name in ("hue_r2", "hue_r2_invariant", "hue_r2_equivariant")}) == 3
-    with pytest.raises(UserError, match="'variant'.*one of full, invariant, equivariant"):
+    with pytest.raises(UserError, match=r"'variant'.*one of full, invariant, equivariant"):
         evaluate(clever, synthetic_shards, tmp_path / "other", **SMALL, parts=["variant"])
+    with pytest.raises(UserError, match=r"--under is roation90.*Did you mean 'rotation90_jitter'"):
+        evaluate(clever, synthetic_shards, tmp_path / "other", **SMALL, under=["roation90"])
 
 
 def test_two_evaluations_agree_exactly(result, checkpoint, synthetic_shards, tmp_path):

@@ -46,20 +46,22 @@ def test_the_linear_probe_is_as_good_as_scikit_learns_logistic_regression():
 
     train, label = blobs(3000, 1.2, 3)
     test, truth = blobs(2000, 1.2, 4)
+    noise = torch.randn_like(test)
     expected = 100 * LogisticRegression(max_iter=1000).fit(train.numpy(), label.numpy()).score(test.numpy(), truth.numpy())
-    ours = linear_probe(50 * train[None] - 7, label, 50 * test - 7, truth)
+    ours = linear_probe(50 * train[None] - 7, label, {"plain": 50 * test - 7, "noise": noise}, truth)
     assert 60 < expected < 99
-    assert abs(ours - expected) < 1
+    assert abs(ours["plain"] - expected) < 1
+    assert abs(ours["noise"] - 25) < 5  # of four classes, by chance
 
 
 def test_the_linear_probe_repeats_itself_and_uses_every_pass():
     train, label = blobs(300, 2.0, 5)
     test, truth = blobs(500, 2.0, 6)
-    once = linear_probe(train[None], label, test, truth, epochs=4)
+    once = linear_probe(train[None], label, {"plain": test}, truth, epochs=4)
     torch.manual_seed(1)
-    assert linear_probe(train[None], label, test, truth, epochs=4) == once
+    assert linear_probe(train[None], label, {"plain": test}, truth, epochs=4) == once
     misled = torch.stack([train, train[torch.randperm(300)]])
-    assert linear_probe(misled, label, test, truth, epochs=4) != once
+    assert linear_probe(misled, label, {"plain": test}, truth, epochs=4) != once
 
 
 class Tiny(Objective):
@@ -86,7 +88,7 @@ def test_extraction_freezes_batchnorm_and_gives_every_mode_back():
     objective = Tiny().train()
     objective.teacher.eval()
     before = {name: value.clone() for name, value in objective.state_dict().items()}
-    features = extract(objective, batches(range(10)))
+    features = extract(objective, batches(range(10)))["full"]
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
     assert objective.training
     assert objective.backbone[1].training
@@ -96,8 +98,8 @@ def test_extraction_freezes_batchnorm_and_gives_every_mode_back():
 
 def test_features_do_not_depend_on_the_order_or_the_batch_and_come_sorted():
     objective = Tiny()
-    straight = extract(objective, batches(range(10)), "embedding")
-    shuffled = extract(objective, batches([7, 2, 9, 0, 1, 5, 3, 8, 6, 4]), "embedding")
+    straight = extract(objective, batches(range(10)), ["embedding"])["embedding"]
+    shuffled = extract(objective, batches([7, 2, 9, 0, 1, 5, 3, 8, 6, 4]), ["embedding"])["embedding"]
     assert straight.index.tolist() == shuffled.index.tolist() == list(range(10))
     assert straight.label.tolist() == shuffled.label.tolist() == [i % 3 for i in range(10)]
     for name, count in (("image", 1), ("two", 2)):
@@ -111,12 +113,12 @@ def test_two_ranks_gather_what_one_rank_extracts(tmp_path):
 
 
 def _one_of_two_ranks(rank, store):
-    alone = extract(Tiny(), batches(range(10)))
+    alone = extract(Tiny(), batches(range(10)))["full"]
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     mine = [[0, 2, 4, 6, 8, 9], [1, 3, 5, 7, 9]][rank]  # of different lengths, and one image in both
-    joint = extract(Tiny(), batches(mine))
+    joint = extract(Tiny(), batches(mine))["full"]
     assert torch.equal(joint.index, alone.index)
     assert torch.equal(joint.label, alone.label)
     torch.testing.assert_close(joint.values, alone.values)
-    assert torch.equal(extract(Tiny(), batches(range(10)) if rank else []).index, alone.index)
+    assert torch.equal(extract(Tiny(), batches(range(10)) if rank else [])["full"].index, alone.index)
     torch.distributed.destroy_process_group()

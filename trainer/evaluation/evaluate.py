@@ -1,6 +1,7 @@
 """The evaluation of one checkpoint on held-out images: every measure, its figures, one metrics.json."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.evaluation.features import Features, extract
 from trainer.evaluation.geometry import cosines, effective_rank, measure_motion, recovery, unexplained
 from trainer.evaluation.knn import knn_accuracy
 from trainer.evaluation.linear import LIGHT, linear_probe
+from trainer.evaluation.robustness import TRANSFORMATIONS, transformed
 from trainer.objectives.objective import Objective
 from trainer.tracking import add_to_run, git_commit
 
@@ -53,6 +55,7 @@ def evaluate(
     images: int = 2000,
     draws: int = 20,
     parts: Sequence[str] = ("full",),
+    under: Sequence[str] = (),
     passes: int = 4,
     batch_size: int = 256,
     seed: int = 0,
@@ -69,6 +72,8 @@ def evaluate(
         draws: transformations, each applied to all of these images.
         parts: of the representation, that kNN, probe and factor regression read, each in turn. "full" is all of it; CLeVER has
             "invariant" and "equivariant", a ViT "last4". Measures of parts carry their names: `knn_invariant`.
+        under: transformations of the held-out images that kNN and probe are tested under as well, see `robustness.py`: measures
+            such as `linear_rotation90_jitter`.
         passes: light augmentations of the training images that the linear probe sees.
         batch_size: images encoded at a time.
         seed: of draws, augmentations and the probe.
@@ -77,7 +82,7 @@ def evaluate(
     Returns: what metrics.json holds.
 
     Raises:
-        UserError: no such or a damaged checkpoint, missing shards, a split that was trained on, or no such part.
+        UserError: no such or a damaged checkpoint, missing shards, a split that was trained on, no such part or transformation.
     """
     if split not in ("val", "test"):
         found = f"--split is {split}"
@@ -86,6 +91,10 @@ def evaluate(
         low = 0 if name == "seed" else 1
         if type(value) is not int or value < low:
             raise UserError(f"--{name} is {value}", f"a whole number from {low}", "Correct it.")
+    for name in under:
+        if name not in TRANSFORMATIONS:
+            near = difflib.get_close_matches(name, TRANSFORMATIONS, n=1, cutoff=0.0)[0]
+            raise UserError(f"--under is {name}", f"some of {', '.join(TRANSFORMATIONS)}", f"Did you mean {near!r}?")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         raise UserError(f"--device is {device}", "a device of this machine", "Use --device cpu.")
@@ -98,9 +107,8 @@ def evaluate(
 
     learnt: dict[str, float] = {}
     definitions = dict(DEFINITIONS)
-    for part in parts:
-        content = bench.measure_content(train, held_out, passes, batch_size, part)
-        about = {name: DEFINITIONS.get(name) or _recovery_definition(name) for name in content}
+    for part, content in bench.measure_content(train, held_out, passes, batch_size, parts, under).items():
+        about = {name: _definition(name) for name in content}
         learnt |= {_of_part(name, part): value for name, value in content.items()}
         definitions |= {_of_part(name, part): text if part == "full" else f"{part}: {text}" for name, text in about.items()}
     motion, turned, embedding = bench.measure_geometry(held_out, images, draws)
@@ -139,21 +147,35 @@ class Bench:
     device: str
 
     def measure_content(
-        self, train: ShardFolder, held_out: ShardFolder, passes: int, batch_size: int, part: str
-    ) -> dict[str, float]:
-        """What a part of the features holds: classes (kNN, linear probe) and known factors, by name, where there are any."""
+        self,
+        train: ShardFolder,
+        held_out: ShardFolder,
+        passes: int,
+        batch_size: int,
+        parts: Sequence[str],
+        under: Sequence[str] = (),
+    ) -> dict[str, dict[str, float]]:
+        """What each part of the features holds: classes (kNN, linear probe) and known factors, by name, where there are any."""
         if train.classes is None and held_out.factors is None:
-            return {}
+            return {part: {} for part in parts}
         light = ViewSpec("light", passes, self.run.data.size, LIGHT)
-        bank = self._extract(train, batch_size, [self._plain, light], f"training images, {part}", part)
-        query = self._extract(held_out, batch_size, [self._plain], f"{held_out.split} images, {part}", part)
-        measures = {}
+        tests = [self._plain, *(transformed(name, self.run.data.size) for name in under)]
+        banks = self._extract(train, batch_size, [self._plain, light], "training images", parts)
+        queries = self._extract(held_out, batch_size, tests, f"{held_out.split} images", parts)
+        return {part: self._read(train, held_out, banks[part], queries[part]) for part in parts}
+
+    def _read(self, train: ShardFolder, held_out: ShardFolder, bank: Features, query: Features) -> dict[str, float]:
+        """Measures of one part."""
+        measures: dict[str, float] = {}
         known, asked = bank.label >= 0, query.label >= 0
         if known.any() and asked.any():
             truth = bank.label[known], query.label[asked]
-            values, guessed = bank.values["plain"][0, known], query.values["plain"][0, asked]
-            measures["knn"] = knn_accuracy(values, truth[0], guessed, truth[1])
-            measures["linear"] = linear_probe(bank.values["light"][:, known], truth[0], guessed, truth[1], seed=self.seed)
+            tests = {view: values[0, asked] for view, values in query.values.items()}
+            plain = bank.values["plain"][0, known]
+            nearest = {view: knn_accuracy(plain, truth[0], test, truth[1]) for view, test in tests.items()}
+            linear = linear_probe(bank.values["light"][:, known], truth[0], tests, truth[1], seed=self.seed)
+            for name, by_view in {"knn": nearest, "linear": linear}.items():
+                measures |= {name if view == "plain" else f"{name}_{view}": value for view, value in by_view.items()}
         for name in held_out.factors or ():
             x, y = _factor(train, bank, name)
             z, t = _factor(held_out, query, name)
@@ -169,7 +191,7 @@ class Bench:
         """
         moved = ViewSpec("moved", draws, self.run.data.size, self.run.augmentation, shared_by="dataset")
         about = f"{draws} transformations of {min(images, held_out.samples):,} {held_out.split} images"
-        features = self._extract(held_out, MOVED_BATCH, [self._plain, moved], about, "embedding", images)
+        features = self._extract(held_out, MOVED_BATCH, [self._plain, moved], about, ["embedding"], images)["embedding"]
         source, targets = features.values["plain"][0, :images], features.values["moved"][:, :images]
         turned = [torch.histc(cosines(source, target), figures.BINS, -1, 1).int().tolist() for target in targets]
         return measure_motion(source, targets), turned, source
@@ -187,14 +209,14 @@ class Bench:
         return ViewSpec("plain", 1, self.run.data.size, None)
 
     def _extract(
-        self, folder: ShardFolder, batch_size: int, views: list[ViewSpec], about: str, part: str, limit: int = 10**9
-    ) -> Features:
+        self, folder: ShardFolder, batch_size: int, views: list[ViewSpec], about: str, parts: Sequence[str], limit: int = 10**9
+    ) -> dict[str, Features]:
         """Features of the batches that hold the first `limit` images."""
         from rich.progress import track
 
         total = -(-min(limit, folder.samples) // batch_size)
         batches = islice(self._load(folder, batch_size, views), total)
-        return extract(self.objective, track(batches, f"  {about}", total), part)
+        return extract(self.objective, track(batches, f"  {about}", total), parts)
 
     def _load(self, folder: ShardFolder, batch_size: int, views: list[ViewSpec]) -> Loader:
         data = self.run.data
@@ -227,7 +249,12 @@ def _factor(folder: ShardFolder, features: Features, name: str) -> tuple[Tensor,
     return features.values["plain"][0][seen], torch.from_numpy(np.stack(columns, axis=1))[seen]
 
 
-def _recovery_definition(measure: str) -> str:
+def _definition(measure: str) -> str:
+    for name in ("knn", "linear"):
+        if measure.startswith(f"{name}_"):
+            return f"{DEFINITIONS[name]} Test images under {measure.removeprefix(f'{name}_').replace('_', ' + ')}."
+    if measure in DEFINITIONS:
+        return DEFINITIONS[measure]
     name = measure.removesuffix("_r2")
     circle = ", as a point of the circle" if name in CIRCULAR else ""
     unseen = f"; without {' and '.join(UNSEEN[name])}, which do not show it" if name in UNSEEN else ""
