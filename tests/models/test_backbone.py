@@ -89,7 +89,7 @@ def test_small_crops_that_a_model_cannot_take_are_refused():
     with pytest.raises(UserError, match=r"objective\.local_size is 14 for patches of 4 pixels.*multiple"):
         build_backbone(Model(backbone="vit_tiny_patch16_224", args={"patch_size": 4, "depth": 1}), 32, 14)
     with pytest.raises(UserError, match=r"views of one size"):
-        build_backbone(Model(backbone="mixer_s32_224", args={"num_blocks": 1}), 64, 32)
+        build_backbone(Model(backbone="cait_xxs24_224", args={"depth": 1}), 64, 32)
 
 
 def test_position_embeddings_and_biases_are_not_decayed():
