@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -48,7 +49,8 @@ def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 
     results: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for seed in range(seeds):
         for name, overrides in methods.items():
-            results[name].append(run_one(recipe, name, seed, overrides, shards))
+            measures = run_one(WORK, recipe, name, seed, overrides, shards)
+            results[name].append({key: measures[key] for key in MEASURES})
             write_table(recipe, results, shards, commit)
 
 
@@ -69,18 +71,19 @@ def build_shards(data: str | None, images: int) -> Path:
     return shards
 
 
-def run_one(recipe: str, name: str, seed: int, overrides: dict, shards: Path) -> dict[str, float]:
-    """Train, then evaluate on the test split; nothing is chosen by it."""
-    folder = WORK / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
+def run_one(work: Path, recipe: str, name: str, seed: int, overrides: dict, shards: Path, **options: object) -> dict:
+    """Train, then evaluate on the test split, unless that is done; nothing is chosen by it."""
+    folder = work / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
     fixed = {"seed": seed, "out": str(folder), "data.shards": str(shards), "engine.kind": "ddp", "tracking.uri": ""}
-    start = time.perf_counter()
-    if code := train(load_run(recipe, fixed | overrides)):
-        sys.exit(code)
-    out = folder / "evaluation"
-    done = out / "metrics.json"
-    measures = json.loads(done.read_text())["measures"] if done.exists() else evaluate(folder, shards, out)["measures"]
-    print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    return {key: measures[key] for key in MEASURES}
+    done = folder / "evaluation" / "metrics.json"
+    if not done.exists():
+        start = time.perf_counter()
+        if code := train(load_run(recipe, fixed | overrides)):
+            sys.exit(code)
+        evaluate(folder, shards, done.parent, **options)
+        print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    measures: dict = json.loads(done.read_text())["measures"]
+    return measures
 
 
 def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards: Path, commit: str) -> None:
@@ -99,13 +102,8 @@ def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards:
         "the 10,000 test images; the geometry on 2,000 of them and 20 draws. Every method sees the same number of images; "
         "separate views encode each four times, the others twice.",
         "",
-        f"| | {' | '.join(MEASURES)} |",
-        f"|---|{'---|' * len(MEASURES)}",
+        *rows_of(results, MEASURES),
     ]
-    for name, rows in results.items():
-        if rows:
-            cells = [_cell([row[column] for row in rows], column) for column in MEASURES]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
     out = ROOT / "benchmarks" / "results"
     out.mkdir(parents=True, exist_ok=True)
     (out / "cifar10.md").write_text("\n".join(lines) + "\n")
@@ -113,8 +111,20 @@ def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards:
     Console(width=200).print("\n".join(lines[7:]), markup=False)
 
 
+def rows_of(results: dict[str, list[dict[str, float]]], columns: Sequence[str]) -> list[str]:
+    """A Markdown table of means and standard deviations over seeds; a method without a measure has a dash."""
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, runs in results.items():
+        if runs:
+            cells = [_cell([run[column] for run in runs if column in run], column) for column in columns]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def _cell(values: list[float], column: str) -> str:
-    digits = 1 if column in ("knn", "linear", "effective_rank") else 3
+    if not values:
+        return "–"
+    digits = 1 if column.startswith(("knn", "linear", "effective_rank")) else 3
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 

@@ -234,7 +234,7 @@ def check_settings(folder: Path, run: Run) -> None:
     """
     if not (folder / "metrics.jsonl").exists():
         return  # nothing began here
-    before, now = flatten(_read_json(folder / SETTINGS)), flatten(to_tree(run))
+    before, now = (flatten(to_tree(each)) for each in (from_tree(_read_json(folder / SETTINGS)), run))
     free = tuple(f"{name}." for name in Run.free)
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not f"{k}.".startswith(free)]
     if changed:

@@ -46,10 +46,10 @@ class Augmentation:
     blur_sigma: tuple[float, float] = setting((0.1, 2.0), "standard deviation of the blur, pixels", low=0.0, high=100)
     solarize: float = setting(0.0, "probability of inverting the values from 128 of 255 on", low=0.0, high=1.0)
     rotation: float = setting(0.0, "angle drawn from +- this, degrees; 0 turns nothing", low=0.0, high=180.0)
-    corners: Literal["reflect", "inscribed", "zero"] = setting(
-        "reflect",
-        "of a turned view; reflect: the crop mirrored at its border; inscribed: real pixels, of a crop that can turn inside "
-        "the image; zero: black, which tells the angle",
+    corners: Literal["inscribed", "reflect", "zero"] = setting(
+        "inscribed",
+        "of a turned view; inscribed: real pixels, of a crop that can turn inside the image; reflect: the crop mirrored at its "
+        "border, in which a network can see the angle; zero: black, which tells it",
     )
     elastic: float = setting(0.0, "probability of an elastic transform, after the rotation", low=0.0, high=1.0)
     elastic_alpha: float = setting(100.0, "its strength: pixels move by alpha / 61, root mean square", low=0.0, high=1000.0)

@@ -29,4 +29,4 @@ def test_the_documented_recipes_make_the_documented_views(families):
             said = tuple(map(float, cell.split(" to ")))
             drawn = getattr(a, name)
             assert said == (drawn if isinstance(drawn, tuple) else (drawn,)), (family, view, name)
-        assert (a.corners, a.elastic_alpha) == ("reflect", 100)
+        assert (a.corners, a.elastic_alpha) == ("inscribed", 100)

@@ -15,7 +15,7 @@ from trainer.data.views import ViewSpec
 from trainer.data.warp import canvas, displacement, modes, reach, warp
 
 N = 32
-TURNED = Augmentation(rotation=180)
+TURNED = Augmentation(rotation=180, corners="reflect")
 BENT = Augmentation(elastic=1.0)
 BOTH = Augmentation(rotation=180, elastic=1.0)
 

@@ -3,7 +3,8 @@
 In torch and not in DALI, which has no elastic transform on a CPU; the same on both devices. Against torchvision:
 
 - Rotation and elastic transform together interpolate once (there: twice), bilinearly (RandomRotation's default: nearest).
-- Beyond its border a view is mirrored, so that its corners do not tell the angle. `corners: zero` is torchvision's fill.
+- A view is cut from a crop with room to turn, so that its corners do not tell the angle (docs/views.md). `corners: zero` is
+  torchvision's fill.
 - The displacement of the elastic transform is drawn as its lowest cosine modes and not as noise to be blurred. Its
   covariance is that of ElasticTransform(sigma=5); only towards the border, where that mirrors the noise without its last
   pixel, the variance differs by up to 6 %.
