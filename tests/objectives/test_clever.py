@@ -188,12 +188,17 @@ def test_mistakes_are_named(section, told):
         build(section)
 
 
-@pytest.mark.parametrize(
-    "data", ["imagenet100_vit_tiny", "imagenet100_vit_small", "imagenet100_resnet18", "imagenet100_resnet50", "cifar10_small"]
-)
-def test_twins_differ_in_the_objective_alone(data):
-    clever, dino = (flatten(to_tree(load_run(f"{name}_{data}"))) for name in ("clever", "dino"))
-    differing = {key for key in clever.keys() | dino.keys() if clever.get(key) != dino.get(key)} - {"recipe", "out"}
+SIZES = ("imagenet100_vit_tiny", "imagenet100_vit_small", "imagenet100_resnet18", "imagenet100_resnet50", "cifar10_small")
+TWINS = {f"clever_{size}": f"dino_{size}" for size in SIZES} | {
+    "ddcl_imagenet100": "simsiam_imagenet100",
+    "clever_simsiam_cifar10_small": "simsiam_cifar10_small",
+}
+
+
+@pytest.mark.parametrize(("recipe", "twin"), TWINS.items())
+def test_twins_differ_in_the_objective_alone(recipe, twin):
+    clever, plain = (flatten(to_tree(load_run(name))) for name in (recipe, twin))
+    differing = {key for key in clever.keys() | plain.keys() if clever.get(key) != plain.get(key)} - {"recipe", "out"}
     assert all(key.startswith("objective.") for key in differing)
     inside = {key.removeprefix("objective.base."): value for key, value in clever.items() if key.startswith("objective.base.")}
-    assert inside == {key.removeprefix("objective."): value for key, value in dino.items() if key.startswith("objective.")}
+    assert inside == {key.removeprefix("objective."): value for key, value in plain.items() if key.startswith("objective.")}
