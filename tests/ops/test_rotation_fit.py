@@ -319,4 +319,4 @@ def test_the_fused_kernel_compiles_for_hopper(rows):
     constants = {"ROWS": rows, "CHUNK": fused.CHUNK, "PRECISION": fused.PRECISION}
     report = compile_report(fused.fit_kernel, signature, constants, num_warps=4)
     assert report.shared < SHARED_LIMIT
-    assert report.spills == 0 or rows == 64
+    assert report.spills <= (256 if rows == 64 else 0)

@@ -55,6 +55,19 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _on_span(given, factor, points, dim, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """Points A by their coordinates in the rows of P, A P^T [n, n]."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, CHUNK)[None, :]
+    mixed = tl.zeros((ROWS, ROWS), dtype=tl.float32)
+    tl.debug_barrier()
+    for start in range(0, dim, CHUNK):
+        at, inside = row * dim + start + column, (row < points) & (start + column < dim)
+        x = tl.load(factor + at, mask=inside, other=0.0)
+        mixed += _dot(tl.load(given + at, mask=inside, other=0.0), tl.trans(x), PRECISION)
+    return mixed
+
+
+@triton.jit
 def _split(
     given, factor, coefficients, steps, points, dim, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -87,14 +100,9 @@ def _split(
             tl.store(factor + at, x, mask=inside)
             following += _dot(x, tl.trans(x), PRECISION)
         gram = following
-    tl.debug_barrier()
-    mixed = tl.zeros((ROWS, ROWS), dtype=tl.float32)
-    for start in range(0, dim, CHUNK):
-        at, inside = row * dim + start + column, (row < points) & (start + column < dim)
-        x = tl.load(factor + at, mask=inside, other=0.0)
-        mixed += _dot(tl.load(given + at, mask=inside, other=0.0), tl.trans(x), PRECISION)
     trace = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :], gram, 0.0))
     missing = tl.maximum(points - trace, 0.0)
+    mixed = _on_span(given, factor, points, dim, ROWS, CHUNK, PRECISION)
     return mixed, scale, norm * POINTS * tl.minimum(missing, points * SHORTFALL)
 
 
@@ -139,6 +147,9 @@ def fit_kernel(
     a, source_scale, source_error = _split(source, source_gradient, coefficients, split, points, dim, ROWS, CHUNK, PRECISION)
     b, target_scale, target_error = _split(target, target_gradient, coefficients, split, points, dim, ROWS, CHUNK, PRECISION)
     turn, missing, error = _polar(_dot(tl.trans(a), b, PRECISION), coefficients, split, end, points, PRECISION)
+    if ROWS == 64:  # again, as registers have no room for them meanwhile
+        a = _on_span(source, source_gradient, points, dim, ROWS, CHUNK, PRECISION)
+        b = _on_span(target, target_gradient, points, dim, ROWS, CHUNK, PRECISION)
     turned = _dot(a, turn, PRECISION)
     found = tl.sum((turned - b) * (turned - b))
     lost = tl.where(missing > MISSING, tl.abs(tl.sum(a * a) - tl.sum(turned * turned)), 0.0)
