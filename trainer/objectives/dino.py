@@ -24,11 +24,14 @@ class DINOHead(nn.Module):
     Shape: [N, features] -> [N, out].
     """
 
-    def __init__(self, features: int, hidden: int, bottleneck: int, out: int) -> None:
+    def __init__(self, features: int, hidden: int, bottleneck: int, out: int, norm: bool = False) -> None:
         super().__init__()
-        self.mlp = mlp(features, hidden, bottleneck, 3, norm=False, activation=nn.GELU)
-        for name, weight in self.mlp.named_parameters():
-            nn.init.zeros_(weight) if name.endswith("bias") else nn.init.trunc_normal_(weight, std=0.02)
+        self.mlp = mlp(features, hidden, bottleneck, 3, norm=norm, activation=nn.GELU)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(torch.empty(out, bottleneck))
         nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))
         self.frozen = False
@@ -65,7 +68,7 @@ class DINOBranch(Branch):
     def heads(self, features: int) -> tuple[nn.Module, nn.Module]:
         """The whole head is the projector, since the teacher has all of it."""
         s = self.settings
-        return DINOHead(features, s.hidden, s.bottleneck, s.out), nn.Identity()
+        return DINOHead(features, s.hidden, s.bottleneck, s.out, s.norm), nn.Identity()
 
     def embed(self, features: Tensor) -> Tensor:
         """The unit-norm bottleneck."""
@@ -126,6 +129,7 @@ class DINO(Siamese):
         local_size: int = setting(96, "height and width of a small crop, pixels", low=8, high=1024)
         hidden: int = setting(2048, "width of the head", low=1)
         bottleneck: int = setting(256, "dimension of the embedding before the last layer, of unit norm", low=2)
+        norm: bool = setting(False, "BatchNorms in the head; they keep a small encoder's images apart at the start")
         out: int = setting(65536, "width of the last layer, the number of prototypes", low=2)
         student_temperature: float = setting(0.1, "temperature of the student's softmax", low=1e-3, high=10)
         teacher_temperature: float = setting(0.04, "temperature of the teacher's softmax after its warm-up", low=1e-3, high=10)
