@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 from data_prep.processes import console, run
-from data_prep.sources import decode
+from data_prep.sources.encoding import decode
 from data_prep.writer import file_sha256
 from trainer.data.shards import Shard, ShardFolder
 from trainer.errors import UserError, exit_with_one_line

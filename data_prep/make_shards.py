@@ -5,8 +5,13 @@ python data_prep/make_shards.py --source imagefolder --root DIR --out DIR
 
 An imagefolder is ROOT/train/CLASS/FILE with ROOT/test or ROOT/val beside it, as ImageNet, ImageNet-100 and Imagenette are
 published: unpack the archive and name its folder (`tar xf imagenette2-160.tgz`, then `--root imagenette2-160`). Without
-train/ it is ROOT/CLASS/FILE; files without a class folder are unlabelled. Files are stored as they are if jpg, png or webp;
-in a folder of several kinds the others are re-encoded to the kind of the majority.
+train/ it is ROOT/CLASS/FILE; files without a class folder are unlabelled, and with --unlabelled all are. Parquet files are
+those of the Hugging Face hub (`--source parquet --root DIR`), and a CSV file lists path, label and, if you like, split
+(`--source csv --manifest FILE`). Images are stored as they are if jpg, png or webp; among several kinds the others are
+re-encoded to the kind of the majority.
+
+Images are shuffled altogether; those of parquet, which is read by whole row groups, within random sets of row groups that
+make eight shards (data_prep/order.py).
 """
 
 import fcntl
@@ -18,12 +23,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from data_prep.order import choose
 from data_prep.processes import console, run
-from data_prep.sources import Source, open_source
+from data_prep.sources import open_source
+from data_prep.sources.source import Options
 from data_prep.writer import Report, Split, find_bad, prepare_staging, publish, staging, write_shard
 from trainer.data.shards import ShardFolder
 from trainer.errors import UserError, exit_with_one_line
@@ -44,6 +50,10 @@ def make(
     samples: int = 10_000,
     size: int = 32,
     download: bool = False,
+    manifest: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    unlabelled: bool = False,
     skip_bad: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -52,7 +62,7 @@ def make(
     Equal settings give equal bytes, with any number of workers. Interrupted, the same command continues.
 
     Args:
-        source: cifar10, cifar100, stl10 (official files, binary or python layout), imagefolder or synthetic.
+        source: cifar10, cifar100, stl10 (official files, binary or python layout), imagefolder, parquet, csv or synthetic.
         root: folder of the data. An imagefolder holds train/CLASS/FILE and test/ or val/, or CLASS/FILE.
         out: folder to write; default shards/SOURCE.
         split: all, train, val or test.
@@ -64,13 +74,28 @@ def make(
         samples: drawings for train and val together; test has a tenth of it more.
         size: height and width of the drawings, pixels.
         download: fetch the official files into root (torchvision).
+        manifest: CSV file with a header; its paths are relative to root, or to its own folder.
+        image_column: of parquet, encoded images (default image), or of the manifest, paths (default path).
+        label_column: of parquet or the manifest (default label); numbers or names.
+        unlabelled: leave labels out: of an imagefolder, of parquet, of a manifest.
         skip_bad: leave out corrupt images instead of stopping; reads everything twice.
         overwrite: replace shards that were made with other settings.
     """
     _validate(split, validation, shard_size=shard_size, workers=workers, seed=seed, limit=limit, samples=samples, size=size)
-    folder = Path(str(out or f"shards/{source}"))  # fire reads a name of digits as a number
+    folder = _path(out) or Path("shards", source)
+    options = Options(
+        root=_path(root),
+        seed=seed,
+        samples=samples,
+        size=size,
+        download=download,
+        manifest=_path(manifest),
+        image_column=None if image_column is None else str(image_column),
+        label_column=None if label_column is None else str(label_column),
+        unlabelled=unlabelled,
+    )
     try:
-        opened = open_source(source, None if root is None else str(root), seed, samples, size, download)
+        opened = open_source(source, options)
         names = [name for name in SPLITS if split in ("all", name)]
         plan = {
             "source": source,
@@ -90,24 +115,6 @@ def make(
         raise UserError("interrupted", "to finish", "The same command continues.", code=130) from None
     except OSError as error:
         raise UserError(f"{error}", f"to read the source and to write {folder}", "Then the same command continues.") from error
-
-
-def choose(source: Source, name: str, plan: dict[str, Any]) -> Split:
-    """The images of a split in their shuffled order.
-
-    Val is a share of the labelled training images (of all, where none is labelled), and train is the rest.
-    """
-    images = source.test if name == "test" else source.train
-    if images is None:
-        return Split(name, source, source.train, np.empty(0, np.int64), plan)
-    stream = np.random.Generator(np.random.Philox(key=[plan["seed"], name == "test"]))
-    order = stream.permutation(len(images.labels))
-    if name != "test":
-        labelled = order[images.labels[order] >= 0]
-        candidates = labelled if len(labelled) else order
-        val = candidates[: round(plan["validation"] * len(candidates))]
-        order = val if name == "val" else order[~np.isin(order, val)]
-    return Split(name, source, images, order[: plan["limit"]], plan | {"split": name})
 
 
 def write(splits: list[Split], out: Path, workers: int | None, overwrite: bool) -> None:
@@ -130,7 +137,7 @@ def write(splits: list[Split], out: Path, workers: int | None, overwrite: bool) 
         raise UserError(f"{len(bad)} bad images: {first}", "images that decode", "Repair or remove them, or add --skip_bad.")
     for split in todo:
         publish(out, split, [report for report in reports if report.split == split.name])
-        console.print(f"{out / split.name}: {len(split.numbers):,} images in {len(split.jobs):,} shards")
+        console.print(f"{out / split.name}: {len(split.numbers):,} images in {split.shards:,} shards")
 
 
 def _there(split: Split, out: Path, overwrite: bool) -> bool:
@@ -187,8 +194,8 @@ def _without_bad(splits: list[Split], workers: int | None) -> list[Split]:
 
 def _run(title: str, workers: int | None, function: Callable[[Split, int], Report], splits: list[Split]) -> list[Report]:
     """function(split, number) of every shard."""
-    jobs = [(split, number, len(numbers)) for split in splits for number, numbers in enumerate(split.jobs)]
-    return run(title, workers, function, [job[:2] for job in jobs], [job[2] for job in jobs])
+    jobs = [(split, number) for split in splits for number in range(split.shards)]
+    return run(title, workers, function, jobs, [len(split.shard(number)) for split, number in jobs])
 
 
 @contextmanager
@@ -206,6 +213,10 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(str(name))  # fire reads a name of digits as a number
 
 
 def _validate(split: str, validation: float, **whole: int | None) -> None:

@@ -10,13 +10,27 @@ from multiprocessing import get_context
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from trainer.errors import UserError
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 _function: Callable[..., Any]  # of a worker process, inherited: only job numbers and results pass through a pipe
 _jobs: list[tuple]
+
+
+class _Speed(ProgressColumn):
+    """Images and shards per second, of late."""
+
+    def __init__(self, shards_per_image: float) -> None:
+        super().__init__()
+        self._shards_per_image = shards_per_image
+
+    def render(self, task: Task) -> Text:
+        """Empty until a shard is done."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} images/s, {speed * self._shards_per_image:.2f} shards/s" if speed else "")
 
 
 def run(title: str, workers: int | None, function: Callable[..., Any], jobs: list[tuple], images: list[int]) -> list[Any]:
@@ -35,7 +49,8 @@ def run(title: str, workers: int | None, function: Callable[..., Any], jobs: lis
     """
     done = _here if workers == 1 or len(jobs) < 2 else _forked  # forked before the bar starts its thread
     results = done(workers or len(os.sched_getaffinity(0)), function, jobs)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    speed = _Speed(len(jobs) / max(1, sum(images)))
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images"), speed, TimeRemainingColumn())
     found = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=sum(images))

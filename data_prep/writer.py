@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sources import Bad, Images, Sample, Source
+from data_prep.sources.source import Bad, Images, Sample, Source
 from trainer.data.shards import FORMAT, Shard
 
 BLOCK = tarfile.BLOCKSIZE
@@ -112,9 +112,13 @@ class Split:
     plan: dict[str, Any]
 
     @property
-    def jobs(self) -> list[np.ndarray]:
-        """The numbers of each shard."""
-        return np.split(self.numbers, range(self.plan["shard_size"], len(self.numbers), self.plan["shard_size"]))
+    def shards(self) -> int:
+        """How many shards it makes."""
+        return -(-len(self.numbers) // self.plan["shard_size"])
+
+    def shard(self, number: int) -> np.ndarray:
+        """The numbers of one shard."""
+        return self.numbers[number * self.plan["shard_size"] :][: self.plan["shard_size"]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def write_shard(out: Path, split: Split, number: int) -> Report:
     """Write shard `number` into the staging folder, or keep it if its record and checksum say that it is there."""
     path = staging(out, split.name) / f"{split.name}-{number:06d}.tar"
     record = path.with_suffix(".record")
-    numbers = split.jobs[number]
+    numbers = split.shard(number)
     if record.is_file():
         kept = json.loads(record.read_text())
         if file_sha256(path) == kept["shard"]["sha256"]:
@@ -173,7 +177,7 @@ def write_shard(out: Path, split: Split, number: int) -> Report:
 
 def find_bad(split: Split, number: int) -> Report:
     """Read the images of shard `number` and write nothing."""
-    numbers = split.jobs[number]
+    numbers = split.shard(number)
     return Report(split.name, len(numbers), bad=[sample for sample in split.images.read(numbers) if isinstance(sample, Bad)])
 
 

@@ -4,12 +4,12 @@ import io
 import pickle
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from stored import encoded, files, stored
 
 from data_prep import synthetic
 from data_prep.make_shards import make
@@ -66,17 +66,6 @@ def torchvision_set(name: str, root: Path, split: str) -> set[tuple[bytes, int]]
     return {(np.asarray(image).tobytes(), int(label)) for image, label in dataset}
 
 
-def stored(folder: Path) -> list[dict]:
-    import webdataset
-
-    split = ShardFolder.open(folder)
-    return list(webdataset.WebDataset(split.tar_paths, shardshuffle=False).decode("rgb8"))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
 def test_official_files_are_read_as_torchvision_reads_them(name: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -121,29 +110,13 @@ def test_a_cut_binary_is_refused(tmp_path: Path) -> None:
         make("cifar10", str(tmp_path / "bin"), str(tmp_path / "out"), workers=1)
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """A folder with 3 classes of 8 jpg images."""
-    images, _ = synthetic.draw(3, 0, np.arange(24), 40)
-    for i, image in enumerate(images):
-        path = tmp_path / "photographs" / "abc"[i % 3] / f"image {i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path, quality=90)
-    return tmp_path / "photographs"
-
-
 def test_a_folder_is_stored_byte_for_byte(photographs: Path, tmp_path: Path) -> None:
     make("imagefolder", str(photographs), str(tmp_path / "out"), validation=0.25, workers=1)
     original = {path.read_bytes(): "abc".index(path.parent.name) for path in photographs.rglob("*.jpg")}
-    found = {}
     for split, samples in (("train", 18), ("val", 6)):
         folder = ShardFolder.open(tmp_path / "out" / split)
         assert (folder.samples, folder.classes, folder.image_extension) == (samples, ("a", "b", "c"), "jpg")
-        for tar_path in folder.tar_paths:
-            with tarfile.open(tar_path) as tar:
-                data = {member.name: tar.extractfile(member).read() for member in tar}
-            found |= {data[name]: int(data[name[:-3] + "cls"]) for name in data if name.endswith(".jpg")}
-    assert found == original
+    assert encoded(tmp_path / "out/train") | encoded(tmp_path / "out/val") == original
     assert not (tmp_path / "out" / "test").exists()
 
 
@@ -158,6 +131,23 @@ def test_train_and_val_folders_and_a_folder_without_classes(photographs: Path, t
     make("imagefolder", str(tmp_path / "split/train/x"), str(tmp_path / "flat"), workers=1)
     assert {s["cls"] for s in stored(tmp_path / "flat/train")} == {-1}
     assert ShardFolder.open(tmp_path / "flat/train").classes is None
+
+
+def test_without_class_folders_or_with_unlabelled_every_label_is_minus_one(photographs: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    for number, path in enumerate(photographs.rglob("*.jpg")):
+        target = plain / ("test" if number % 3 else "train") / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    make("imagefolder", str(plain), str(tmp_path / "plain_out"), workers=1)
+    make("imagefolder", str(photographs), str(tmp_path / "nested_out"), unlabelled=True, workers=1)
+    for out, splits in (("plain_out", ("train", "val", "test")), ("nested_out", ("train", "val"))):
+        found = [encoded(tmp_path / out / split) for split in splits]
+        assert sum(map(len, found)) == 24
+        assert {label for split in found for label in split.values()} == {-1}
+        assert all(ShardFolder.open(tmp_path / out / split).classes is None for split in splits)
+    with pytest.raises(UserError, match="made with content"):
+        make("imagefolder", str(photographs), str(tmp_path / "nested_out"), workers=1)
 
 
 BAD = {
