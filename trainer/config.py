@@ -48,7 +48,7 @@ class Augmentation:
     rotation: float = setting(0.0, "angle drawn from +- this, degrees; 0 turns nothing", low=0.0, high=180.0)
     corners: Literal["inscribed", "reflect", "zero"] = setting(
         "inscribed",
-        "of a turned view; inscribed: real pixels, of a crop that can turn inside the image; reflect: the crop mirrored at its "
+        "of a turned view; inscribed: real pixels, the view is what can turn inside the crop; reflect: the crop mirrored at its "
         "border, in which a network can see the angle; zero: black, which tells it",
     )
     elastic: float = setting(0.0, "probability of an elastic transform, after the rotation", low=0.0, high=1.0)

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data_prep import synthetic
 from trainer.config import Augmentation
-from trainer.data.augment import draw
+from trainer.data.augment import crop_box, draw
 from trainer.data.loader import Loader
 from trainer.data.views import ViewSpec
 from trainer.data.warp import canvas, displacement, modes, reach, warp
@@ -144,6 +144,19 @@ def test_an_inscribed_view_shows_nothing_but_a_piece_of_the_image(shards_of, sha
 
     assert fold("inscribed").max() < 1  # levels: the graph's rounding; a pixel is three or less
     assert fold("reflect").median() > 6
+
+
+def test_an_inscribed_view_is_the_middle_of_the_crop_that_was_drawn(shards_of):
+    """So crops are as random as without rotation. An image that says where a pixel is tells the middle of a view."""
+    y, x = np.mgrid[:80, :80]
+    folder = shards_of([np.stack([3 * x, 3 * y, 0 * x], -1).astype(np.uint8)] * N)
+    view = ViewSpec("v", 1, 32, Augmentation(crop_scale=(0.4, 1.0), jitter=0, grayscale=0, blur=0, flip=0, rotation=90))
+    options = {"batch_size": N, "seed": 0, "mean": (0, 0, 0), "std": (1 / 255,) * 3, "threads": 1, "shuffle": False}
+    batch = next(Loader(folder, [view], **options))
+    box = crop_box(batch.draws["v"]["extent"][0], batch.draws["v"]["anchor"][0], 80, 80)
+    middle = batch.views["v"][0, :, :2].mean((2, 3)).flip(1).numpy()  # down, across
+    np.testing.assert_allclose(middle, 3 * (80 * (box[:, :2] + box[:, 2:]) / 2 - 0.5), atol=1)
+    assert np.ptp(middle, axis=0).min() > 20
 
 
 def test_the_inscribed_crop_depends_on_the_settings_and_not_on_the_angle():

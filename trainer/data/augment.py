@@ -33,7 +33,7 @@ def draw(
 
     Returns:
         extent: height and width of the crop, of the side of a square image, [n, 2] in (0, 1]; where corners are inscribed,
-            a crop wider than 1 / `warp.reach` of the image shrinks to that.
+            the view is the middle 1 / `warp.reach` of it.
         anchor: where the crop lies, 0 top or left, 1 bottom or right, [n, 2] in [0, 1).
         flip: mirrored left to right, bool [n].
         brightness, contrast, saturation: factors, 1 leaves the image alone, [n].

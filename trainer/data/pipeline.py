@@ -23,7 +23,7 @@ from nvidia.dali.data_node import DataNode
 from trainer.data.augment import crop_box
 from trainer.data.shards import ShardFolder
 from trainer.data.views import ViewSpec
-from trainer.data.warp import canvas, reach
+from trainer.data.warp import canvas
 
 Arguments = Callable[[int], list[np.ndarray]]
 
@@ -89,13 +89,12 @@ def to_arguments(
         for copy in range(view.count if draws[view.name] else 0):
             drawn = {name: value[copy] for name, value in draws[view.name].items()}
             adapted = drawn | {
-                "extent": drawn["extent"] * reach(view.of(copy)),
                 "flip": drawn["flip"].astype(np.int32),
                 # Beyond three standard deviations the kernel is below what uint8 resolves.
                 "window": np.minimum(_kernel(view.size), 2 * np.ceil(3 * drawn["sigma"]) + 1).astype(np.int32),
             }
             if image_shape:  # one call a batch; in the graph it is a dozen operators an image
-                box = crop_box(adapted["extent"], drawn["anchor"], *image_shape)
+                box = crop_box(drawn["extent"], drawn["anchor"], *image_shape)
                 adapted |= {"start": np.ascontiguousarray(box[:, :2]), "end": np.ascontiguousarray(box[:, 2:])}
             arrays += [adapted[name] for name in _parameters(view, copy, image_shape)]
     return arrays

@@ -75,9 +75,9 @@ def modes(size: int) -> int:
 
 
 def reach(augmentation: Augmentation | None) -> float:
-    """How much wider than the view the crop is taken from the image, so that it can turn inside: a matter of the settings.
+    """How much wider the crop is than the view that turns inside it: a matter of the settings.
 
-    It depends on the largest angle, not on the one drawn, or else the size of the crop would tell the angle.
+    It depends on the largest angle, not on the one drawn, or else the size of the view would tell the angle.
     """
     if augmentation is None or augmentation.corners != "inscribed":
         return 1.0
