@@ -19,11 +19,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from trainer.checkpoint import check_settings
 from trainer.config import load_run
 from trainer.errors import UserError, exit_with_one_line
 from trainer.evaluation.evaluate import evaluate
 from trainer.loop import train
-from trainer.tracking import git_commit
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "cifar10"
@@ -39,7 +39,7 @@ def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 
         images: training images, at most 45,000.
         data: folder with the official CIFAR-10 files.
     """
-    commit, shards = git_commit(), build_shards(data, images)
+    shards = build_shards(data, images)
     base = dataclasses.asdict(load_run(recipe).objective.base)
     methods = {
         "SimCLR": {f"objective.{key}": value for key, value in base.items()},
@@ -47,11 +47,13 @@ def benchmark(recipe: str = "care_cifar10_small", seeds: int = 3, images: int = 
         "CARE, views separate": {"objective.views": "separate"},
     }
     results: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
+    commits: set[str] = set()
     for seed in range(seeds):
         for name, overrides in methods.items():
-            measures = run_one(WORK, recipe, name, seed, overrides, shards)
+            measures, commit = run_one(WORK, recipe, name, seed, overrides, shards)
             results[name].append({key: measures[key] for key in MEASURES})
-            write_table(recipe, results, shards, commit)
+            commits.add(commit)
+            write_table(recipe, results, shards, commits)
 
 
 def build_shards(data: str | None, images: int) -> Path:
@@ -71,22 +73,42 @@ def build_shards(data: str | None, images: int) -> Path:
     return shards
 
 
-def run_one(work: Path, recipe: str, name: str, seed: int, overrides: dict, shards: Path, **options: object) -> dict:
-    """Train, then evaluate on the test split, unless that is done; nothing is chosen by it."""
+def run_one(
+    work: Path, recipe: str, name: str, seed: int, overrides: dict, shards: Path, **options: object
+) -> tuple[dict[str, float], str]:
+    """Train, then evaluate on the test split, unless that is done; nothing is chosen by it.
+
+    Returns: the measures, and the commit that they were taken at.
+
+    Raises:
+        UserError: what is done was done with other settings.
+    """
     folder = work / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
     fixed = {"seed": seed, "out": str(folder), "data.shards": str(shards), "engine.kind": "ddp", "tracking.uri": ""}
-    done = folder / "evaluation" / "metrics.json"
+    run, done = load_run(recipe, fixed | overrides), folder / "evaluation" / "metrics.json"
+    check_settings(folder, run)
+    _check_asked(folder, {"shards": shards.name, **options})
     if not done.exists():
         start = time.perf_counter()
-        if code := train(load_run(recipe, fixed | overrides)):
+        if code := train(run):
             sys.exit(code)
         evaluate(folder, shards, done.parent, **options)
         print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    measures: dict = json.loads(done.read_text())["measures"]
-    return measures
+    result = json.loads(done.read_text())
+    return result["measures"], result["code"]["git_commit"]
 
 
-def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards: Path, commit: str) -> None:
+def _check_asked(folder: Path, asked: dict) -> None:
+    """Hold a folder to the shards and the evaluation that it was begun with: a run's settings do not hold them."""
+    path, asked = folder / "asked.json", json.loads(json.dumps(asked))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asked))
+    elif (before := json.loads(path.read_text())) != asked:
+        raise UserError(f"{folder} was asked for {before}, now for {asked}", "the same", "Move the folder away.")
+
+
+def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards: Path, commits: set[str]) -> None:
     """Mean and standard deviation over seeds, as Markdown and JSON."""
     run = load_run(recipe)
     seeds = len(results["SimCLR"])
@@ -94,7 +116,7 @@ def write_table(recipe: str, results: dict[str, list[dict[str, float]]], shards:
         "# CIFAR-10, equal images, mean ± standard deviation over seeds",
         "",
         f"`python {' '.join(['benchmarks/cifar10.py', *sys.argv[1:]])}` on {os.cpu_count()} {platform.machine()} CPU cores, "
-        f"commit {commit[:10]}, {time.strftime('%Y-%m-%d')}; no GPU.",
+        f"commit {', '.join(sorted(commit[:10] for commit in commits))}, {time.strftime('%Y-%m-%d')}; no GPU.",
         "",
         f"{json.loads((shards / 'train' / 'manifest.json').read_text())['samples']:,} training images, {run.schedule.epochs:g} "
         f"epochs, batch {run.data.batch_size}, {run.model.backbone} {run.model.args}, d = {run.objective.base.dim}, weight "

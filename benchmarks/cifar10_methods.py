@@ -17,7 +17,6 @@ from cifar10 import ROOT, build_shards, rows_of, run_one
 from rich.console import Console
 
 from trainer.errors import exit_with_one_line
-from trainer.tracking import git_commit
 
 CAUG = {"augmentation.rotation": 90.0}
 PARTS = ("full", "invariant", "equivariant")
@@ -45,24 +44,26 @@ def benchmark(seeds: int = 3, images: int = 5000, epochs: float = 12, data: str 
         epochs: passes over them.
         data: folder with the official CIFAR-10 files.
     """
-    commit, shards = git_commit(), build_shards(data, images)
+    shards, commits = build_shards(data, images), set()
     work = ROOT / "runs" / f"cifar10_methods-{images}-{epochs:g}"
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for seed in range(seeds):
         for name, (recipe, overrides, parts) in METHODS.items():
             overrides = overrides | {"schedule.epochs": epochs}
-            results[name].append(run_one(work, recipe, name, seed, overrides, shards, parts=parts, **EVALUATION))
-            write_table(results, images, epochs, commit)
+            measures, commit = run_one(work, recipe, name, seed, overrides, shards, parts=parts, **EVALUATION)
+            results[name].append(measures)
+            commits.add(commit)
+            write_table(results, images, epochs, commits)
 
 
-def write_table(results: dict[str, list[dict[str, float]]], images: int, epochs: float, commit: str) -> None:
+def write_table(results: dict[str, list[dict[str, float]]], images: int, epochs: float, commits: set[str]) -> None:
     """Mean and standard deviation over seeds, as Markdown and JSON."""
     seeds = max(map(len, results.values()))
     lines = [
         "# Methods on CIFAR-10, equal images, mean ± standard deviation over seeds",
         "",
         f"`python {' '.join(['benchmarks/cifar10_methods.py', *sys.argv[1:]])}` on {os.cpu_count()} {platform.machine()} CPU "
-        f"cores, commit {commit[:10]}, {time.strftime('%Y-%m-%d')}; no GPU.",
+        f"cores, commit {', '.join(sorted(commit[:10] for commit in commits))}, {time.strftime('%Y-%m-%d')}; no GPU.",
         "",
         f"{images:,} training images, {epochs:g} epochs, batch 256, a ResNet of 1.2 M parameters, {seeds} seeds. DINO, SimSiam "
         "and CLeVER on them train with rotations of ±90 degrees (CAug), MoCo-v2 and CARE on it without. Linear probe and kNN: "

@@ -41,7 +41,7 @@ def prepare(recipe: str, batch_size: int, overrides: dict):
     world = look_around()
     torch.manual_seed(0)
     objective = place(build_objective(run), run.engine, world).train()
-    engine = build_engine(run, objective, build_optimiser(objective, run.optimiser, run.engine), world)
+    engine = build_engine(run, objective, build_optimiser(objective, run.optimiser), world)
     size, device = run.data.size, world.device
     views = {v.name: torch.randn(v.count, batch_size, 3, size, size, device=device) for v in objective.views()}
     batch = Batch(views, torch.arange(batch_size), torch.zeros(batch_size, dtype=torch.int64))

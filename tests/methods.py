@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Augmentation, from_tree
+from trainer.config import Augmentation, check, from_tree
 from trainer.data.views import Batch
 from trainer.objectives.objective import Objective, registry
 
@@ -62,8 +62,9 @@ def build(section: dict[str, Any], seed: int = 0) -> Objective:
         nn.Flatten(),
     )
     backbone.num_features = 10
-    settings = from_tree({"objective": section}).objective
-    return registry()[settings.name](backbone, settings, Augmentation(), SIZE)
+    run = from_tree({"objective": section})
+    check(run)
+    return registry()[run.objective.name](backbone, run.objective, Augmentation(), SIZE)
 
 
 def batch_of(views: dict[str, Tensor]) -> Batch:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.config import Run, from_tree, load_run, recipes, to_tree
+from trainer.config import Run, from_tree, load_run, recipes, remarks, to_tree
 from trainer.errors import UserError
 
 
@@ -40,9 +40,18 @@ def test_every_recipe_around_a_base_has_a_twin_which_is_the_base_alone():
         ({"node": 4}, "'nodes'"),
         ({"schedule.epochs": 0}, "at least"),
         ({"data": 3}, "section"),
-        ({"engine.compile": "yes"}, "type bool"),
+        ({"engine.compile": "true"}, "expected true or false. Write --engine.compile True"),
         ({"data.size.x": 1}, "type int"),
         ({"model.args": 4}, "mapping"),
+        ({"augmentation.corners": "mirror"}, "inscribed, reflect, zero. Choose one of them"),
+        ({"augmentation.local": {"local": {"blur": 0}}}, "unknown setting 'augmentation.local.local'"),
+        ({"augmentation.second": {"blurr": 0}}, "'blur'"),
+        ({"engine.kind": "ddp", "engine.zero_stage": 2}, "--engine.kind deepspeed"),
+        ({"optimiser.name": "lars", "engine.zero_stage": 1}, "--engine.zero_stage 0"),
+        ({"optimiser.weight_decay": 0, "optimiser.weight_decay_end": 0.4}, "from which the cosine starts"),
+        ({"objective.base": {"name": "byol", "momentum_end": 0.9}}, "objective.base.momentum_end is 0.9.*does not fall"),
+        ({"objective.base": {"name": "dino", "local_size": 48}}, "objective.base.local_size is 48, data.size 32"),
+        ({"objective.term": "rotation", "objective.reference_scale": True}, "objective.term is 'rotation'"),
     ],
 )
 def test_a_mistake_is_named_with_the_cure(overrides, told):
@@ -78,6 +87,16 @@ def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
         load_run(str(tmp_path / "bad.yaml"))
     with pytest.raises(UserError, match="care_cifar10"):
         load_run("care_cifar_10")
+
+
+def test_a_run_shorter_than_its_warm_ups_may_run_and_is_told_so():
+    short = {"schedule.epochs": 5, "schedule.warmup_epochs": 6, "objective.base": {"name": "dino", "local_size": 16}}
+    told = remarks(load_run("care_cifar10", short | {"objective.base.temperature_warmup_epochs": 30}))
+    assert {tuple(remark.split()[:2]) for remark in told} == {
+        ("schedule.warmup_epochs", "6"),
+        ("objective.base.temperature_warmup_epochs", "30"),
+    }
+    assert not any(remarks(load_run(recipe)) for recipe in recipes())
 
 
 def test_settings_are_frozen():

@@ -48,8 +48,8 @@ class Augmentation:
     rotation: float = setting(0.0, "angle drawn from +- this, degrees; 0 turns nothing", low=0.0, high=180.0)
     corners: Literal["inscribed", "reflect", "zero"] = setting(
         "inscribed",
-        "of a turned view; inscribed: real pixels, the view is what can turn inside the crop; reflect: the crop mirrored at its "
-        "border, in which a network can see the angle; zero: black, which tells it",
+        "of a turned view; inscribed: real pixels, the view is what can turn inside the crop; reflect: the crop mirrored at "
+        "its border, in which a network can see the angle; zero: black, which tells it",
     )
     elastic: float = setting(0.0, "probability of an elastic transform, after the rotation", low=0.0, high=1.0)
     elastic_alpha: float = setting(100.0, "its strength: pixels move by alpha / 61, root mean square", low=0.0, high=1000.0)
@@ -58,7 +58,9 @@ class Augmentation:
 
     def variant(self, name: Literal["second", "local"]) -> "Augmentation":
         """This distribution with what differs in the second view, or in the small crops."""
-        tree = dataclasses.asdict(self) | {"second": {}, "local": {}} | getattr(self, name)
+        alone = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("second", "local")}
+        _refuse_unknown(getattr(self, name), alone, f"augmentation.{name}")
+        tree = alone | getattr(self, name)
         varied: Augmentation = _build(Augmentation, tree, f"augmentation.{name}")
         return varied
 
@@ -186,7 +188,8 @@ def load_run(recipe: str, overrides: dict[str, Any] | None = None) -> Run:
     Returns: the validated Run.
 
     Raises:
-        UserError: unknown recipe or key (nearest valid name offered), wrong type, value out of range.
+        UserError: unknown recipe or key (nearest valid name offered), wrong type, value out of range, settings that exclude
+            each other.
     """
     flags: dict[str, Any] = {}
     for dotted, value in (overrides or {}).items():
@@ -196,7 +199,41 @@ def load_run(recipe: str, overrides: dict[str, Any] | None = None) -> Run:
     tree = _merge(_read_recipe(recipe), flags)
     tree["recipe"] = recipe
     tree["out"] = tree.get("out") or f"runs/{Path(recipe).stem}"
-    return from_tree(tree)
+    run = from_tree(tree)
+    check(run)
+    return run
+
+
+def check(run: Run) -> None:
+    """Refuse settings of which each is good and the combination is not; an objective's own `check` is asked too.
+
+    Checkpoints are read without it: what trained once can be evaluated.
+    """
+    engine, optimiser = run.engine, run.optimiser
+    if engine.kind == "ddp" and engine.zero_stage:
+        found = f"engine.zero_stage is {engine.zero_stage} with engine.kind ddp"
+        raise UserError(found, "DeepSpeed, whose stage it is", "Use --engine.kind deepspeed.")
+    if optimiser.name == "lars" and engine.zero_stage:
+        raise UserError(
+            f"optimiser.name is 'lars' with engine.zero_stage {engine.zero_stage}",
+            "whole tensors, whose norms LARS needs and ZeRO's flat partitions do not have",
+            "Use --engine.zero_stage 0.",
+        )
+    if optimiser.weight_decay_end and not optimiser.weight_decay:
+        found = f"optimiser.weight_decay_end is {optimiser.weight_decay_end}, optimiser.weight_decay 0"
+        raise UserError(found, "a decay from which the cosine starts", "Set optimiser.weight_decay above 0.")
+    _registry()[run.objective.name].check(run.objective, run, "objective")
+
+
+def remarks(run: Run) -> list[str]:
+    """What is allowed and may surprise: a recipe's warm-ups outlast a run that an override shortens."""
+    epochs = run.schedule.epochs
+    spans = {key: value for key, value in flatten(to_tree(run)).items() if key.endswith("_epochs")}
+    return [
+        f"{key} {value:g} outlasts the run, schedule.epochs {epochs:g}"
+        for key, value in spans.items()
+        if key.startswith(("schedule.", "objective.")) and value > epochs
+    ]
 
 
 def from_tree(tree: dict[str, Any]) -> Run:
@@ -230,12 +267,18 @@ def recipes() -> list[str]:
 
 def choose(name: str, path: str) -> type:
     """The settings dataclass of the objective registered under `name`."""
-    registry = importlib.import_module("trainer.objectives.objective").registry()
+    registry = _registry()
     if name not in registry:
         near = _nearest(name, registry)
         raise UserError(f"{path}.name is {name!r}", f"one of {', '.join(sorted(registry))}", near)
     settings: type = registry[name].Settings
     return settings
+
+
+def _registry() -> dict[str, Any]:
+    """The classes of objectives; importing them costs seconds."""
+    objectives: dict[str, Any] = importlib.import_module("trainer.objectives.objective").registry()
+    return objectives
 
 
 def _read_recipe(recipe: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -273,13 +316,7 @@ def _build(cls: type, tree: Any, path: str) -> Any:
         raise UserError(f"{path} is {tree!r}", "a section with keys of its own", f"Set {path}.KEY instead.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in tree:
-        if key not in fields:
-            where = f"{path}.{key}" if path else key
-            valid = [*fields, *(() if path else FLAGS)]
-            raise UserError(
-                f"unknown setting {where!r}", f"a key of {path or 'the run'}: {', '.join(fields)}", _nearest(key, valid)
-            )
+    _refuse_unknown(tree, fields, path)
     values = {
         key: _convert(hints[key], value, f"{path}.{key}".lstrip("."), fields[key].metadata) for key, value in tree.items()
     }
@@ -287,6 +324,15 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     if missing:
         raise UserError(f"{path}.{missing[0]} is missing", "a value", f"Set {path}.{missing[0]}.")
     return cls(**values)
+
+
+def _refuse_unknown(tree: dict[str, Any], keys: typing.Iterable[str], path: str) -> None:
+    keys = list(keys)
+    for key in tree:
+        if key not in keys:
+            where = f"{path}.{key}" if path else key
+            near = _nearest(key, [*keys, *(() if path else FLAGS)])
+            raise UserError(f"unknown setting {where!r}", f"a key of {path or 'the run'}: {', '.join(keys)}", near)
 
 
 def _convert(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
@@ -326,7 +372,8 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
     if hint is str:
         return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else _raise(wrong)
     if hint is bool:
-        return value if isinstance(value, bool) else _raise(wrong)
+        switch = UserError(f"{path} is {value!r}", "true or false", f"Write --{path} True, in YAML true.")
+        return value if isinstance(value, bool) else _raise(switch)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
     try:
@@ -348,7 +395,7 @@ def _in_range(value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
 
 def _nearest(name: str, valid: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else "See README, Settings."
+    return f"Did you mean {close[0]!r}?" if close else "Choose one of them."
 
 
 def _raise(error: Exception) -> Any:

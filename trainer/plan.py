@@ -8,14 +8,17 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from trainer.config import Run, to_tree
+from trainer.config import Run, remarks, to_tree
 from trainer.data.loader import rank_batch_size
 from trainer.data.shards import ShardFolder
+from trainer.data.views import Batch
 from trainer.engine.world import World, check_nodes, look_around
 from trainer.errors import UserError
 from trainer.objectives.objective import Objective, build_objective
+from trainer.objectives.siamese import Branch
 
 STATES = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}  # tensors of the weights' size that an optimiser keeps
 
@@ -42,18 +45,16 @@ class Cost:
 def estimate(run: Run, ranks: int) -> Cost:
     """Price a step on the meta device: no memory is taken and no weight drawn.
 
-    Activations are the outputs of all leaf modules, kept for the backward pass, in the encoder's precision: compilation
-    and fused kernels need less, allocators and workspaces more.
+    Activations are what autograd keeps of the step for the backward pass, in equal shares of the ranks: compilation and
+    fused attention keep less, allocators, workspaces and losses that every rank computes whole (Barlow Twins) more. Sent are gradients and gathered embeddings; what little else travels (statistics of
+    SyncBN, DINO's centre) is left out.
     """
     with torch.device("meta"):
         objective = build_objective(run)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = sum(tensor.numel() for tensor in objective.state_dict().values()) - parameters
-    rows = rank_batch_size(run.data.batch_size, ranks, objective.views())
+    rank_batch_size(run.data.batch_size, ranks, objective.views())
     views = sum(view.count for view in objective.views())
-    whole = sum(view.count * (view.size / run.data.size) ** 2 for view in objective.views())  # a small crop is part of a view
-    activations = _activations(objective, run.data.size) * rows * whole
-    width = 2 if run.engine.precision == "bf16" else 4
     shards = ranks if run.engine.zero_stage else 1
     gradients = ranks if run.engine.zero_stage == 2 else 1
     state = 4 * parameters * (1 + 1 / gradients + STATES[run.optimiser.name] / shards) + (
@@ -61,10 +62,11 @@ def estimate(run: Run, ranks: int) -> Cost:
     )
     state += 4 * frozen
     ring = (ranks - 1) / ranks
-    embeddings = 2 * run.data.batch_size * _embedding_dim(objective, run.data.size) * 4
-    # An all-reduce sends everything twice; gathered embeddings go once forward, and their gradients are all-reduced.
-    sent = ring * (2 * 4 * parameters + 3 * embeddings)
-    return Cost(parameters, frozen, run.data.batch_size * views, int(state + activations * width), int(sent))
+    gathers = next((part.gathers for part in objective.modules() if isinstance(part, Branch)), 0)  # the base's comes first
+    embeddings = gathers * 2 * run.data.batch_size * _embedding_dim(objective, run.data.size) * 4
+    sent = ring * (2 * 4 * parameters + embeddings)  # an all-reduce of the gradients sends everything twice
+    memory = int(state + _activations(objective, run) / ranks)
+    return Cost(parameters, frozen, run.data.batch_size * views, memory, int(sent))
 
 
 def print_plan(run: Run, nodes: int | None) -> None:
@@ -78,7 +80,7 @@ def print_plan(run: Run, nodes: int | None) -> None:
     settings = yaml.safe_dump(to_tree(run), sort_keys=False, default_flow_style=None, width=120)
     console.print(settings, highlight=False, soft_wrap=True)
     table = Table(show_header=False, title=f"{run.recipe}: what it would do", title_justify="left")
-    for name, value in [*_length(run, world), *_cost(cost)]:
+    for name, value in [*_length(run, world), *_cost(cost), *(("note", remark) for remark in remarks(run))]:
         table.add_row(name, value)
     console.print(table)
 
@@ -108,27 +110,42 @@ def _cost(cost: Cost) -> list[tuple[str, str]]:
     ]
 
 
-def _activations(objective: Objective, size: int) -> int:
-    """Numbers that the leaf modules of the whole objective put out for one image."""
-    total = 0
+def _activations(objective: Objective, run: Run) -> int:
+    """Bytes that a forward pass of the joint batch keeps for its backward pass; the encoder's in its own precision."""
+    known = {tensor.untyped_storage()._cdata for tensor in objective.state_dict().values()}  # weights are counted elsewhere
+    kept: list[Tensor] = []  # held, so that no other tensor takes the place of one that was counted
+    total, width = 0.0, 1.0
 
-    def count(module: nn.Module, inputs: object, output: object) -> None:
+    def enter(*_: object) -> None:
+        nonlocal width
+        width = 0.5 if run.engine.precision == "bf16" else 1.0
+
+    def leave(*_: object) -> None:
+        nonlocal width
+        width = 1.0
+
+    def keep(tensor: Tensor) -> Tensor:
         nonlocal total
-        if isinstance(output, torch.Tensor) and not list(module.children()):
-            total += output.numel()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            kept.append(tensor)
+            total += storage.nbytes() * width
+        return tensor
 
-    hooks = [module.register_forward_hook(count) for module in objective.modules()]
-    _embed_two(objective, size)
-    for hook in hooks:
-        hook.remove()
-    return total // 2
+    for encoder in (encoder for part in objective.modules() if isinstance(part, Objective) for encoder in part.encoders()):
+        encoder.register_forward_pre_hook(enter)
+        encoder.register_forward_hook(leave)
+    size = run.data.batch_size
+    views = {v.name: torch.empty(v.count, size, 3, v.size, v.size, device="meta") for v in objective.views()}
+    rows = torch.empty(size, dtype=torch.long, device="meta")
+    objective.before_step(0.0, 0.0)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective(Batch(views, rows, rows))
+    return int(total)
 
 
 def _embedding_dim(objective: Objective, size: int) -> int:
-    return _embed_two(objective, size).shape[1]
-
-
-def _embed_two(objective: Objective, size: int) -> torch.Tensor:
-    """Two images: a BatchNorm in training mode needs more than one."""
+    """Of two images: a BatchNorm in training mode needs more than one."""
     with torch.no_grad():
-        return objective.embed(torch.empty(2, 3, size, size, device="meta"))
+        return objective.embed(torch.empty(2, 3, size, size, device="meta")).shape[1]

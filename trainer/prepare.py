@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler
 
 from trainer import __version__
 from trainer.checkpoint import Checkpoints, Progress, check_settings, open_folder
-from trainer.config import Run, Schedule, flatten, to_tree
+from trainer.config import Run, Schedule, flatten, remarks, to_tree
 from trainer.data.loader import Loader, rank_batch_size
 from trainer.data.shards import ShardFolder
 from trainer.data.views import ViewSpec
@@ -97,7 +97,7 @@ def prepare(run: Run, world: World) -> Trainer:
     objective = build_objective(run)
     rows = rank_batch_size(run.data.batch_size, world.size, objective.views())
     objective = place(objective, run.engine, world).train()
-    optimiser = build_optimiser(objective, run.optimiser, run.engine)
+    optimiser = build_optimiser(objective, run.optimiser)
     folder = Path(run.out)
     check_settings(folder, run)
     checkpoints = Checkpoints(folder / "checkpoints", run, world, run.checkpoint.keep)
@@ -116,6 +116,8 @@ def prepare(run: Run, world: World) -> Trainer:
     meter = Meter(world, recorder, steps, loader.steps_per_epoch, run.data.batch_size, last_good=str(newest or "none"))
     start, where = f"continuing {newest}" if newest else "starting", f"{world.size} rank(s), {world.nodes} node(s)"
     world.say(f"{run.recipe}: {start}; {steps} steps of {run.data.batch_size} images on {where}")
+    for remark in remarks(run):
+        world.say(f"note: {remark}")
     return Trainer(run, world, loader, objective, optimiser, engine, schedule, checkpoints, progress, meter, steps, lock)
 
 

@@ -164,6 +164,11 @@ class Record:
         kept = json.loads(path.read_text())["parts"] if path.exists() and not fresh else {}
         return cls(path, machine, kept)
 
+    def passed(self, name: str) -> bool:
+        """Whether a part passed at the present commit."""
+        outcome = self.outcomes.get(name, {})
+        return outcome.get("status") == "passed" and outcome.get("commit") == self.machine["commit"]
+
     def add(self, name: str, outcome: dict) -> None:
         """Keep an outcome, at once."""
         self.outcomes[name] = outcome

@@ -39,7 +39,7 @@ class Training:
         self.world = World(0, 1, 0, 1, check.device)
         torch.manual_seed(seed)
         self.objective = place(build_objective(self.run), self.run.engine, self.world).train()
-        optimiser = build_optimiser(self.objective, self.run.optimiser, self.run.engine)
+        optimiser = build_optimiser(self.objective, self.run.optimiser)
         self.engine = build_engine(self.run, self.objective, optimiser, self.world)
 
     def step(self, batch: Batch) -> torch.Tensor:

@@ -97,6 +97,18 @@ def test_a_second_call_runs_what_did_not_pass_and_only_that(check, tmp_path):
     assert ran.read_text() == "good bad new bad good bad "
 
 
+def test_what_passed_at_another_commit_runs_again(check, monkeypatch, capfd):
+    part = {"works": (works, {})}
+    for commit, kept in (("one", "nothing"), ("one", "works"), ("two", "nothing")):
+        monkeypatch.setenv("GIT_COMMIT", commit)
+        code, outcomes = check(part)
+        assert (code, outcomes["works"]["commit"]) == (0, commit)
+        assert f"at this commit: {kept}\n" in capfd.readouterr().out
+    monkeypatch.setenv("GIT_COMMIT", "three")
+    assert check(part, "--budget_s", "1")[0] == 75
+    assert "passed at commit two" in capfd.readouterr().out
+
+
 def test_no_part_begins_that_may_not_end_in_time(check):
     parts = {"long": (works, {"limit_s": 100}), "short": (works, {"limit_s": 10})}
     code, outcomes = check(parts, "--budget_s", "50")

@@ -71,6 +71,19 @@ def test_the_estimates_of_a_dry_run_follow_from_the_model():
     assert torch.get_default_device().type == "cpu"
 
 
+def test_a_dry_run_counts_what_training_keeps_and_gathers():
+    """DINO's logits are kept, of all views and prototypes; methods without negatives gather nothing."""
+    from trainer.config import load_run
+    from trainer.plan import estimate
+
+    cost = {out: estimate(load_run("dino_cifar10_small", {"objective.out": out}), 4) for out in (1024, 4096)}
+    logits = 6 * 64 * 3072 * 4  # of 2 + 4 views of a rank's 64 images, float32
+    more = cost[4096].memory_bytes - cost[1024].memory_bytes
+    weights = 4 * 4 * (cost[4096].parameters - cost[1024].parameters) + 4 * (cost[4096].frozen - cost[1024].frozen)
+    assert 1 <= (more - weights) / logits < 4
+    assert cost[1024].sent_bytes == pytest.approx(0.75 * 8 * cost[1024].parameters)
+
+
 def test_help_is_quick_and_complete():
     done = run("-X", "importtime", "launch/train.py", "--help")
     assert "--recipe" in done.stdout + done.stderr

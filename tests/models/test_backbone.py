@@ -100,7 +100,7 @@ def test_position_embeddings_and_biases_are_not_decayed():
     vit = {"model.backbone": "vit_tiny_patch16_224", "model.args": {"patch_size": 8, "depth": 1}}
     run = load_run("demo", vit | {"model.stem": "auto"})
     objective = build_objective(run)
-    optimiser = build_optimiser(objective, run.optimiser, run.engine)
+    optimiser = build_optimiser(objective, run.optimiser)
     decayed = {id(p) for group in optimiser.param_groups if group["weight_decay"] for p in group["params"]}
     backbone = objective.base.backbone
     assert id(backbone.pos_embed) not in decayed

@@ -121,3 +121,10 @@ def test_residual_of_the_best_rotation_obeys_the_papers_bound(noise):
     assert inverse_norm * eps <= 1 / np.sqrt(2)  # the condition of the theorem
     u, _, vh = torch.linalg.svd(x.T @ y)
     assert float((x @ (u @ vh) - y).norm()) <= (1 + np.sqrt(2)) * inverse_norm * eps**2
+
+
+@pytest.mark.parametrize("groups", [6, 3])
+def test_groups_of_single_images_or_of_different_sizes_are_refused(groups):
+    z = embeddings(6 if groups == 6 else 7, 4, 0)
+    with pytest.raises(ValueError, match=f"cannot be {groups} groups"):
+        gram_equivariance(z, z, groups)

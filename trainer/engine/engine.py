@@ -11,7 +11,6 @@ from trainer.config import Optimiser, Run
 from trainer.data.views import Batch
 from trainer.engine.batchnorm import synchronise_batchnorm
 from trainer.engine.world import World
-from trainer.errors import UserError
 from trainer.objectives.objective import Loss, Objective
 
 
@@ -53,31 +52,19 @@ def build_engine(run: Run, objective: Objective, optimiser: torch.optim.Optimize
 
 def place(objective: Objective, settings: EngineSettings, world: World) -> Objective:
     """Move an objective to this rank's device, in its memory format and precision, and compile it if asked."""
-    if settings.kind == "ddp" and settings.zero_stage:
-        found = f"engine.zero_stage is {settings.zero_stage} with engine.kind ddp"
-        raise UserError(found, "DeepSpeed, whose stage it is", "Use --engine.kind deepspeed.")
     if settings.sync_batchnorm:
         objective = synchronise_batchnorm(objective, world.device)
     objective.to(world.device)
     for part in objective.modules():
         if isinstance(part, Objective):
             part.bf16, part.channels_last = settings.precision == "bf16", settings.channels_last
-            if settings.compile and "backbone" in part._modules:
-                part.backbone.compile()
+            for encoder in part.encoders() if settings.compile else ():
+                encoder.compile()
     return objective
 
 
-def build_optimiser(objective: Objective, settings: Optimiser, engine: EngineSettings) -> torch.optim.Optimizer:
+def build_optimiser(objective: Objective, settings: Optimiser) -> torch.optim.Optimizer:
     """The timm optimiser of the settings; biases and norms carry no weight decay."""
-    if settings.name == "lars" and engine.zero_stage > 0:
-        raise UserError(
-            f"optimiser.name is 'lars' with engine.zero_stage {engine.zero_stage}",
-            "whole tensors, whose norms LARS needs and ZeRO's flat partitions do not have",
-            "Use --engine.zero_stage 0.",
-        )
-    if settings.weight_decay_end and not settings.weight_decay:
-        found = f"optimiser.weight_decay_end is {settings.weight_decay_end}, optimiser.weight_decay 0"
-        raise UserError(found, "a decay from which the cosine starts", "Set optimiser.weight_decay above 0.")
     momentum: dict[str, Any] = {"momentum": settings.momentum} if settings.name in ("sgd", "lars") else {}
     name = {"sgd": "momentum"}.get(settings.name, settings.name)  # timm's "sgd" is Nesterov's
     return create_optimizer_v2(objective, name, lr=settings.lr, weight_decay=settings.weight_decay, **momentum)

@@ -24,7 +24,7 @@ from trainer.evaluation.features import Features, extract
 from trainer.evaluation.geometry import cosines, effective_rank, measure_motion, recovery, unexplained
 from trainer.evaluation.knn import knn_accuracy
 from trainer.evaluation.linear import LIGHT, linear_probe
-from trainer.evaluation.robustness import TRANSFORMATIONS, transformed
+from trainer.evaluation.robustness import TRANSFORMATIONS, centre, transformed
 from trainer.objectives.objective import Objective
 from trainer.tracking import add_to_run, git_commit
 
@@ -84,20 +84,9 @@ def evaluate(
     Raises:
         UserError: no such or a damaged checkpoint, missing shards, a split that was trained on, no such part or transformation.
     """
-    if split not in ("val", "test"):
-        found = f"--split is {split}"
-        raise UserError(found, "val or test, images that the model has not seen", "Use test for a result, val for a choice.")
-    for name, value in {"images": images, "draws": draws, "passes": passes, "batch_size": batch_size, "seed": seed}.items():
-        low = 0 if name == "seed" else 1
-        if type(value) is not int or value < low:
-            raise UserError(f"--{name} is {value}", f"a whole number from {low}", "Correct it.")
-    for name in under:
-        if name not in TRANSFORMATIONS:
-            near = difflib.get_close_matches(name, TRANSFORMATIONS, n=1, cutoff=0.0)[0]
-            raise UserError(f"--under is {name}", f"some of {', '.join(TRANSFORMATIONS)}", f"Did you mean {near!r}?")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-        raise UserError(f"--device is {device}", "a device of this machine", "Use --device cpu.")
+    counts = {"images": images, "draws": draws, "passes": passes, "batch_size": batch_size, "seed": seed}
+    _refuse(split, counts, under, device)
     train, held_out = (ShardFolder.open(Path(shards) / name) for name in ("train", split))
     if min(images, held_out.samples) < BLOCKS * ROWS:
         raise UserError(f"{min(images, held_out.samples)} {split} images", f"{BLOCKS * ROWS} or more", "Use more.")
@@ -117,7 +106,7 @@ def evaluate(
     measures["effective_rank"] = effective_rank(embedding)
     result: dict[str, Any] = {
         "measures": measures,
-        "notes": _notes(measures, embedding),
+        "notes": _notes(measures, embedding, objective),
         "definitions": definitions,
         "split": split,
         "images": {"train": train.samples, split: held_out.samples, "geometry": len(embedding)},
@@ -215,7 +204,11 @@ class Bench:
         from rich.progress import track
 
         total = -(-min(limit, folder.samples) // batch_size)
-        batches = islice(self._load(folder, batch_size, views), total)
+        size = self.run.data.size
+        batches = (
+            dataclasses.replace(batch, views={name: centre(images, size) for name, images in batch.views.items()})
+            for batch in islice(self._load(folder, batch_size, views), total)
+        )
         return extract(self.objective, track(batches, f"  {about}", total), parts)
 
     def _load(self, folder: ShardFolder, batch_size: int, views: list[ViewSpec]) -> Loader:
@@ -232,6 +225,23 @@ class Bench:
             std=data.std,
             shuffle_buffer=1,
         )
+
+
+def _refuse(split: str, counts: dict[str, int], under: Sequence[str], device: str) -> None:
+    """What `evaluate` was asked for and cannot do; counts by the names of its arguments."""
+    if split not in ("val", "test"):
+        found = f"--split is {split}"
+        raise UserError(found, "val or test, images that the model has not seen", "Use test for a result, val for a choice.")
+    for name, value in counts.items():
+        low = 0 if name == "seed" else 1
+        if type(value) is not int or value < low:
+            raise UserError(f"--{name} is {value}", f"a whole number from {low}", "Correct it.")
+    for name in under:
+        if name not in TRANSFORMATIONS:
+            near = difflib.get_close_matches(name, TRANSFORMATIONS, n=1, cutoff=0.0)[0]
+            raise UserError(f"--under is {name}", f"some of {', '.join(TRANSFORMATIONS)}", f"Did you mean {near!r}?")
+    if device not in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        raise UserError(f"--device is {device}", "a device of this machine", "Use --device cpu.")
 
 
 def _of_part(measure: str, part: str) -> str:
@@ -261,9 +271,9 @@ def _definition(measure: str) -> str:
     return f"R² of {name} read linearly from the frozen features of unseen images{circle}{unseen}."
 
 
-def _notes(measures: dict[str, float], embedding: Tensor) -> list[str]:
+def _notes(measures: dict[str, float], embedding: Tensor, objective: Objective) -> list[str]:
     """What a reader of the numbers must know about them."""
-    notes = []
+    notes = [part.remark for part in objective.modules() if isinstance(part, Objective) and part.remark]
     n, d = embedding.shape
     if not any(name.startswith("knn") for name in measures):
         notes.append("The images have no labels: kNN and linear are left out.")

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from trainer.config import Augmentation
 from trainer.data.views import ViewSpec
 
@@ -19,5 +21,14 @@ TRANSFORMATIONS = {
 
 
 def transformed(name: str, size: int) -> ViewSpec:
-    """The view in which every test image is transformed once."""
-    return ViewSpec(name, 1, size, TRANSFORMATIONS[name])
+    """The view in which every test image is transformed once, before `centre` cuts it as the evaluation view is cut.
+
+    The released code turns what was cut, so its corners are blacker above 64 pixels. Of an oblong image the square is drawn.
+    """
+    return ViewSpec(name, 1, size if size <= 64 else round(size * 256 / 224), TRANSFORMATIONS[name])
+
+
+def centre(images: Tensor, size: int) -> Tensor:
+    """The middle [..., size, size] of square images."""
+    start = (images.shape[-1] - size) // 2
+    return images[..., start : start + size, start : start + size]

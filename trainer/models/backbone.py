@@ -43,12 +43,14 @@ def build_backbone(settings: Model, size: int, local_size: int | None = None) ->
             found = f"objective.local_size is {local_size}, data.size {size}"
             raise UserError(found, f"views of one size for {settings.backbone}", "Set both alike.") from error
         raise UserError(
-            f"model.args is {settings.args} ({error})", f"arguments of {settings.backbone}", "Correct them."
+            f"model.args is {settings.args} ({error})",
+            f"arguments of {settings.backbone}",
+            "Correct them, or use --model.args {}.",
         ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if local_size != size and local_size % patch[0]:
         found = f"objective.local_size is {local_size} for patches of {patch[0]} pixels"
-        raise UserError(found, "a multiple of them", "Change objective.local_size or model.args.")
+        raise UserError(found, "a multiple of them", "Change objective.local_size.")
     # Some timm models end with a layer that num_features leaves out.
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
     resnet = isinstance(getattr(model, "conv1", None), nn.Conv2d) and hasattr(model, "maxpool")

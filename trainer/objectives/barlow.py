@@ -35,6 +35,8 @@ def off_diagonal(matrix: Tensor) -> Tensor:
 class BarlowBranch(Branch):
     """A wide projector; both views are online and target at once."""
 
+    gathers = 3
+
     def heads(self, features: int) -> tuple[nn.Module, nn.Module]:
         """The paper's projector."""
         s = self.settings

@@ -3,9 +3,7 @@
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal
 
-from torch import nn
-
-from trainer.config import Augmentation, setting
+from trainer.config import Run, setting
 from trainer.data.views import Batch, ViewSpec
 from trainer.engine.world import world_size
 from trainer.errors import UserError
@@ -40,16 +38,18 @@ class Care(Wrapper):
         )
         reference_scale: bool = setting(False, "multiply the weight by the released code's 2 (m - 1), m images a group")
 
-    def __init__(self, backbone: nn.Module, settings: Settings, augmentation: Augmentation, size: int) -> None:
+    @classmethod
+    def check(cls, settings: Settings, run: Run, path: str) -> None:
+        """CARE is not its own base, and the released scale is the Gram term's."""
         if settings.base.name == settings.name:
-            raise UserError("objective.base.name is 'care'", "an objective that has a loss of its own", "Use simclr.")
+            raise UserError(f"{path}.base.name is 'care'", "an objective that has a loss of its own", "Use simclr.")
         if settings.reference_scale and settings.term != "gram":
             raise UserError(
-                f"objective.reference_scale is true, objective.term is '{settings.term}'",
+                f"{path}.reference_scale is true, {path}.term is '{settings.term}'",
                 "the released code's scale with its term, gram",
-                "Set objective.reference_scale to false and choose the weight anew.",
+                f"Set {path}.reference_scale to false and choose the weight anew.",
             )
-        super().__init__(backbone, settings, augmentation, size)
+        super().check(settings, run, path)
 
     def views(self) -> list[ViewSpec]:
         """One pair of views per group of images; beside the base's own where views are separate."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config import Augmentation, setting
+from trainer.config import Augmentation, Run, setting
 from trainer.data.views import Batch
 from trainer.engine.world import gather_rows
 from trainer.errors import UserError
@@ -19,7 +19,7 @@ from trainer.objectives.siamese import Branch, Siamese, other_views
 class Clever(Wrapper):
     """A base objective on the invariant part of the features, orthogonality of the views on the equivariant rest.
 
-    The parts have heads, centres and queues of their own, all of the base's kind (Song et al. 2024, sec. 3; as DDCL on
+    The parts have heads and centres of their own, of the base's kind (Song et al. 2024, sec. 3; as DDCL on
     SimSiam, Wang et al. 2024).
 
     The embedding is the equivariant part's: in CARE it turns, while the base holds the other part still. Rotations that CARE
@@ -41,15 +41,19 @@ class Clever(Wrapper):
             False, "orthogonality as released: the size of the mean cosine, in which images cancel; else the mean of the sizes"
         )
 
-    def __init__(self, backbone: nn.Module, settings: Settings, augmentation: Augmentation, size: int) -> None:
-        base = registry()[settings.base.name]
-        if not issubclass(base, Siamese):
-            siamese = [name for name, cls in sorted(registry().items()) if issubclass(cls, Siamese)]
+    @classmethod
+    def check(cls, settings: Settings, run: Run, path: str) -> None:
+        """The base has branches, of which each part of the features gets one."""
+        if not issubclass(registry()[settings.base.name], Siamese):
+            siamese = [name for name, each in sorted(registry().items()) if issubclass(each, Siamese)]
             raise UserError(
                 f"the base of clever is '{settings.base.name}'",
                 f"one of {', '.join(siamese)}",
                 "Put care around clever, not within; cut once.",
             )
+        super().check(settings, run, path)
+
+    def __init__(self, backbone: nn.Module, settings: Settings, augmentation: Augmentation, size: int) -> None:
         features: int = backbone.num_features  # type: ignore[assignment]
         cut = int(settings.cut * features)
         if not 0 < cut < features:
@@ -57,7 +61,7 @@ class Clever(Wrapper):
             raise UserError(found, "two parts", "Choose a cut between, such as 0.8.")
         super().__init__(backbone, settings, augmentation, size, part=slice(0, cut))
         self.rest = slice(cut, features)
-        self.equivariant = base.branch_type(features - cut, settings.base)
+        self.equivariant = self.base.branch_type(features - cut, settings.base)
 
     def embed(self, images: Tensor) -> Tensor:
         """The equivariant part's embedding, [N, d]: in CARE this is what turns."""

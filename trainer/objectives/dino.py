@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config import setting
+from trainer.config import Run, setting
 from trainer.data.views import ViewSpec
 from trainer.engine.world import gather_rows
+from trainer.errors import UserError
 from trainer.models.heads import mlp
 from trainer.objectives.objective import register
 from trainer.objectives.siamese import Branch, Outputs, Siamese, other_views
@@ -141,6 +142,15 @@ class DINO(Siamese):
         freeze_epochs: float = setting(1.0, "epochs before the last layer begins to learn", low=0.0)
 
     branch_type = DINOBranch
+    remark = "kNN, probe and factors read DINO's teacher; the geometry is of the student's embedding, which CARE turns."
+
+    @classmethod
+    def check(cls, settings: Settings, run: Run, path: str) -> None:
+        """Small crops are no larger than the global views."""
+        super().check(settings, run, path)
+        if settings.local_crops and settings.local_size > run.data.size:
+            found = f"{path}.local_size is {settings.local_size}, data.size {run.data.size}"
+            raise UserError(found, "small crops", f"Set {path}.local_size to half of data.size or so.")
 
     def views(self) -> list[ViewSpec]:
         """The pair of global views, and the small crops."""

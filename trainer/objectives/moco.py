@@ -32,6 +32,7 @@ class MoCoBranch(Branch):
     """A head without BatchNorm, its moving average, and the queue: a ring, the same on all ranks."""
 
     teacher = True
+    gathers = 1
     queue: Tensor  # [K, d], unit-norm
     oldest: Tensor  # row that the next key replaces
 

@@ -33,6 +33,7 @@ class MoCoV3Branch(Branch):
     """Projector and predictor that end in a BatchNorm; keys come from a teacher, which has no predictor."""
 
     teacher = True
+    gathers = 1
 
     def heads(self, features: int) -> tuple[nn.Module, nn.Module]:
         """The paper's heads."""

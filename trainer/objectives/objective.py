@@ -41,6 +41,7 @@ class Objective(nn.Module):
     """
 
     Settings: ClassVar[type]
+    remark: ClassVar[str] = ""  # what a reader of an evaluation of the objective must know
 
     def __init__(self, backbone: nn.Module, settings: Any, augmentation: Augmentation, size: int) -> None:
         super().__init__()
@@ -50,6 +51,21 @@ class Objective(nn.Module):
         self.size = size
         self.bf16 = False
         self.channels_last = False
+
+    @classmethod
+    def check(cls, settings: Any, run: Run, path: str) -> None:
+        """Refuse settings that do not go together, or not with the rest of the run.
+
+        Args:
+            settings: of this objective, `path` in the run: "objective", or "objective.base" within a wrapper.
+
+        Raises:
+            UserError: naming the settings.
+        """
+
+    def encoders(self) -> list[nn.Module]:
+        """The networks that images pass in training."""
+        return [self.backbone]
 
     def encode(self, images: Tensor, backbone: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The features [N, D] of the backbone, or of another such as its teacher, in the type of the images.
@@ -113,6 +129,15 @@ class Wrapper(Objective):
         nn.Module.__init__(self)  # the backbone belongs to the base: owned twice, it would be saved twice
         self.settings, self.augmentation, self.size = settings, augmentation, size
         self.base: Objective = registry()[settings.base.name](backbone, settings.base, augmentation, size, **options)
+
+    @classmethod
+    def check(cls, settings: Any, run: Run, path: str) -> None:
+        """The base's settings are checked as if it were alone."""
+        registry()[settings.base.name].check(settings.base, run, f"{path}.base")
+
+    def encoders(self) -> list[nn.Module]:
+        """None besides the base's, which answers for itself."""
+        return []
 
     def no_weight_decay(self) -> set[str]:
         """The base's, under the names they have here."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config import Augmentation
+from trainer.config import Augmentation, Run
 from trainer.data.views import Batch, ViewSpec
 from trainer.engine.world import gather_rows
+from trainer.errors import UserError
 from trainer.models.momentum import Momentum, cosine
 from trainer.objectives.objective import Loss, Objective
 
@@ -59,6 +60,7 @@ class Branch(nn.Module):
 
     teacher: ClassVar[bool] = False  # targets come from a moving average of encoder and projector
     stop_gradient: ClassVar[bool] = False  # targets carry no gradient
+    gathers: ClassVar[int] = 0  # times that an embedding of the pair travels: forward, and twice more with its gradient
 
     def __init__(self, features: int, settings: Any) -> None:
         super().__init__()
@@ -126,6 +128,20 @@ class Siamese(Objective):
         self.branch = self.branch_type(len(range(features)[part]), settings)
         self.teacher = Momentum(backbone) if self.branch_type.teacher else None
         self.momentum = 0.0
+
+    @classmethod
+    def check(cls, settings: Any, run: Run, path: str) -> None:
+        """A teacher becomes slower, if anything."""
+        if cls.branch_type.teacher and settings.momentum_end < settings.momentum:
+            raise UserError(
+                f"{path}.momentum_end is {settings.momentum_end:g}, {path}.momentum {settings.momentum:g}",
+                "a momentum that does not fall",
+                f"Set {path}.momentum_end too, as large or larger.",
+            )
+
+    def encoders(self) -> list[nn.Module]:
+        """Student and teacher."""
+        return [self.backbone, *([] if self.teacher is None else [self.teacher.module])]
 
     def views(self) -> list[ViewSpec]:
         """Two views of every image, all drawn independently."""

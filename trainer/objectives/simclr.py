@@ -15,6 +15,8 @@ from trainer.ops.contrastive import nt_xent
 class SimCLRBranch(Branch):
     """A projector; both views are online and target at once."""
 
+    gathers = 3
+
     def heads(self, features: int) -> tuple[nn.Module, nn.Module]:
         """CARE's projector."""
         return mlp(features, self.settings.hidden, self.settings.dim), nn.Identity()

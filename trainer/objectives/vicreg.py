@@ -31,6 +31,8 @@ def vicreg(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class VICRegBranch(Branch):
     """A wide projector, the paper's expander; both views are online and target at once."""
 
+    gathers = 3
+
     def heads(self, features: int) -> tuple[nn.Module, nn.Module]:
         """The paper's expander."""
         s = self.settings
