@@ -20,7 +20,12 @@ def gram_equivariance(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
         groups: number of groups, each with at least 2 images.
 
     Returns: scalar float32; float64 of float64 embeddings.
+
+    Raises:
+        ValueError: groups of different sizes or of single images.
     """
+    if len(z1) % groups or len(z1) < 2 * groups:
+        raise ValueError(f"{len(z1)} images cannot be {groups} groups of one size, two or more images in each")
     z = torch.stack([z1, z2]).unflatten(1, (groups, -1))
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     return _gram_equivariance(z, torch.is_grad_enabled() and z.requires_grad)[0]
