@@ -46,8 +46,8 @@ def estimate(run: Run, ranks: int) -> Cost:
     """Price a step on the meta device: no memory is taken and no weight drawn.
 
     Activations are what autograd keeps of the step for the backward pass, in equal shares of the ranks: compilation and
-    fused attention keep less, allocators, workspaces and losses that every rank computes whole (Barlow Twins) more. Sent are gradients and gathered embeddings; what little else travels (statistics of
-    SyncBN, DINO's centre) is left out.
+    fused attention keep less, allocators, workspaces and losses that every rank computes whole (Barlow Twins) more. Sent are
+    gradients and gathered embeddings; what little else travels (statistics of SyncBN, DINO's centre) is left out.
     """
     with torch.device("meta"):
         objective = build_objective(run)
