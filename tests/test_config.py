@@ -40,7 +40,7 @@ def test_every_recipe_around_a_base_has_a_twin_which_is_the_base_alone():
         ({"node": 4}, "'nodes'"),
         ({"schedule.epochs": 0}, "at least"),
         ({"data": 3}, "section"),
-        ({"engine.compile": "true"}, "expected true or false. Write --engine.compile True"),
+        ({"engine.compile": "true"}, "expected True or False. Write --engine.compile True"),
         ({"data.size.x": 1}, "type int"),
         ({"model.args": 4}, "mapping"),
         ({"augmentation.corners": "mirror"}, "inscribed, reflect, zero. Choose one of them"),

@@ -372,7 +372,7 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
     if hint is str:
         return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else _raise(wrong)
     if hint is bool:
-        switch = UserError(f"{path} is {value!r}", "true or false", f"Write --{path} True, in YAML true.")
+        switch = UserError(f"{path} is {value!r}", "True or False", f"Write --{path} True, in YAML true.")
         return value if isinstance(value, bool) else _raise(switch)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer.checkpoint import Progress
-from trainer.config import Optimiser, Schedule
+from trainer.config import Optimiser, Schedule, load_run
 from trainer.data.views import Batch
 from trainer.engine.batchnorm import synchronise_batchnorm
 from trainer.engine.engine import build_engine, build_optimiser, place
@@ -127,3 +127,10 @@ def test_batchnorms_that_carry_an_activation_keep_it():
     x = torch.randn(8, 3, 5, 5)
     norm = synchronise_batchnorm(BatchNormAct2d(3), torch.device("cpu"))
     assert (norm(x) >= 0).all()
+
+
+def test_compilation_takes_the_teachers_encoder_too():
+    run = load_run("byol_cifar10_small", {"engine.kind": "ddp", "engine.compile": True})
+    objective = place(build_objective(run), run.engine, look_around())
+    compiled = {name for name, part in objective.named_modules() if part._compiled_call_impl is not None}
+    assert compiled == {"backbone", "teacher.module"}

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,3 +182,17 @@ def test_the_command_ends_a_mistake_with_one_line(tmp_path):
     assert run.returncode == 2
     assert run.stderr.startswith("error: --split is train")
     assert run.stderr.count("\n") == 1
+
+
+def test_transformed_views_show_as_much_of_the_image_as_the_plain_one(synthetic_shards, monkeypatch):
+    """Above 64 pixels that is the middle 7/8: a transformation that does nothing gives the evaluation view."""
+    from trainer.data.loader import Loader
+    from trainer.data.views import ViewSpec
+    from trainer.evaluation import robustness
+
+    monkeypatch.setitem(robustness.TRANSFORMATIONS, "nothing", replace(robustness.JITTER, jitter=0.0))
+    views = [ViewSpec("plain", 1, 112, None), robustness.transformed("nothing", 112)]
+    moments = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "shuffle_buffer": 1, "shuffle": False}
+    loader = Loader(ShardFolder.open(synthetic_shards / "test"), views, batch_size=4, seed=0, **moments)
+    found = next(iter(loader)).views
+    assert (robustness.centre(found["nothing"], 112) - found["plain"]).abs().max() < 1.5 / 255
