@@ -1,5 +1,8 @@
 """The rotation fit against numpy's and scipy's in float64, on points that behave and on points that do not."""
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from scipy.stats import ortho_group
 
 from trainer.ops import rotation_fit
-from trainer.ops.rotation_fit import TOLERANCE, factorise, fit_rotation, iterate, rotation_equivariance
+from trainer.ops.rotation_fit import GRADIENT_TOLERANCE, TOLERANCE, factorise, fit_rotation, iterate, rotation_equivariance
 
 KINDS = (
     "random", "noise 1e-1", "noise 1e-2", "noise 1e-4", "noise 0", "reflected", "spectrum 1e-3", "spectrum 1e-5",
@@ -97,6 +100,12 @@ def test_fits_as_a_float64_svd_does(kinds, n, d, seed, group):
     check(kinds, n, d, seed, group)
 
 
+def products_first(source: torch.Tensor, rotation: bool) -> list:
+    """The GPU's routes, but for its kernel."""
+    exact = partial(factorise, rotation=rotation)
+    return [exact, exact] if rotation else [iterate, iterate, exact]
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=6),
@@ -107,8 +116,7 @@ def test_fits_as_a_float64_svd_does(kinds, n, d, seed, group):
 )
 def test_matrix_products_fit_as_well_and_what_they_cannot_is_fitted_again(kinds, n, d, seed, group):
     with pytest.MonkeyPatch.context() as patch:
-        serves = lambda source, rotation: (lambda *given: factorise(*given, rotation)) if rotation else iterate  # noqa: E731
-        patch.setattr(rotation_fit, "_route", serves)
+        patch.setattr(rotation_fit, "_routes", products_first)
         check(kinds, n, d, seed, group)
 
 
@@ -170,7 +178,7 @@ def test_the_gradient_is_the_slope_of_the_reference(n, d, seed, group, kind):
 @pytest.mark.parametrize(("n", "d"), [(8, 20), (32, 64), (40, 6)])
 def test_float32_gradients_follow_the_envelope_formula(n, d, route, monkeypatch):
     if route == "iterate":
-        monkeypatch.setattr(rotation_fit, "_route", lambda source, rotation: iterate)
+        monkeypatch.setattr(rotation_fit, "_routes", products_first)
     kinds = ["random", "noise 1e-1", "noise 1e-2", "noise 1e-4"]
     source, target = (x.requires_grad_() for x in batch(kinds, n, d, 0))
     found = torch.autograd.grad(fit_rotation(source, target, group="O", rotation=False).residual.sum(), (source, target))
@@ -267,7 +275,8 @@ def test_without_a_rotation_none_is_made():
 
 
 def within_the_gauge(route, n: int, d: int, kinds: tuple[str, ...] = KINDS) -> list[tuple[str, float, float, float]]:
-    """Of every kind: its name, the residual's error, what the gauge allows, both over ||A||^2 + ||B||^2, a gradient's error."""
+    """Of every kind: its name, the residual's error, what the gauge allows, both over ||A||^2 + ||B||^2; a gradient's error,
+    over the root of that, or nan where singular values are so small that the gradient is not unique in float32."""
     source, target = batch(list(kinds), n, d, 0)
     fit = route(source, target, False)
     rows = []
@@ -277,6 +286,8 @@ def within_the_gauge(route, n: int, d: int, kinds: tuple[str, ...] = KINDS) -> l
         error = abs(fit.residual[g].item() - left(a, b, turn)) / scale
         slopes = (fit.source_gradient, 2 * (a - b @ turn.T)), (fit.target_gradient, 2 * (b - a @ turn))
         slope = max(np.linalg.norm(found[g].numpy() - expected) for found, expected in slopes) / scale**0.5
+        singular = np.linalg.svd(a.T @ b, compute_uv=False)[: min(n, d)]
+        slope = slope if singular[-1] > 1e-2 * singular[0] else float("nan")  # elsewhere it is float64's to find
         allowed = fit.gauge[g].item() * max(fit.residual[g].item() / scale, torch.finfo(torch.float32).eps ** 2)
         rows.append((kind, float(error), float(allowed), float(slope)))
     return rows
@@ -289,23 +300,129 @@ def test_the_gauge_bounds_the_error_of_float32(n, d, route):
         assert error <= 1.001 * allowed, kind
 
 
-def fused_in_float32() -> list[tuple[str, float, float, float]]:
+def spectra(n: int, d: int, logs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 points whose singular values end at 10^log: one or two so small, on either side or both, or all the way down."""
+    rng, pairs, k = np.random.default_rng(0), [], min(n, d)
+
+    def ortho(rows: int) -> np.ndarray:
+        return np.linalg.qr(rng.standard_normal((rows, k)))[0]
+
+    for log in logs:
+        even, last, two = np.ones(k), np.ones(k), np.ones(k)
+        last[-1], two[-2:] = 10**log, 10**log
+        steep, loose = np.logspace(0, log, k), 10 ** (log * rng.random(k))
+        sides = (
+            (even, last),
+            (last, even),
+            (last, last),
+            (even, two),
+            (even, steep),
+            (steep, steep),
+            (even, loose),
+            (loose, steep),
+        )
+        for first, second in sides:
+            u = ortho(n)
+            a, b = u * first @ ortho(d).T, u * second @ ortho(d).T
+            noise = rng.standard_normal((n, d)) / (n * d) ** 0.5
+            pairs += [(a, ortho(n) * second @ ortho(d).T), (a, b + 0.1 * np.linalg.norm(b) * noise)]
+    source, target = (torch.from_numpy(np.stack(side)).float() for side in zip(*pairs, strict=True))
+    return source, target
+
+
+def worst_accepted(route, n: int, d: int, logs: np.ndarray) -> tuple[float, float, float]:
+    """Share of `spectra` that the gauge accepts, and the largest relative errors among them: of residuals, of gradients.
+
+    Of a gradient what lies in the null space of M = A^T B does not count: it is free.
+    """
+    source, target = spectra(n, d, logs)
+    fit = route(source, target, False)
+    a, b = source.double(), target.double()
+    u, s, vh = torch.linalg.svd(a.mT @ b)
+    turn, unique = u @ vh, (s > 1e-13 * s[:, :1])[:, None]
+    residual = (a @ turn - b).square().sum((1, 2))
+    errors = [(fit.residual - residual).abs() / residual]
+    slopes = (fit.source_gradient, 2 * (a - b @ turn.mT), u), (fit.target_gradient, 2 * (b - a @ turn), vh.mT)
+    errors += [((found - g) @ (axes * unique)).norm(dim=(1, 2)) / g.norm(dim=(1, 2)) for found, g, axes in slopes]
+    accepted = fit.gauge <= TOLERANCE
+    worst = [error[accepted].max().item() for error in errors]
+    return accepted.float().mean().item(), worst[0], max(worst[1:])
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 4), (8, 8), (64, 16), (4, 16), (8, 64)])
+def test_products_that_the_gauge_accepts_have_residual_and_gradients(n, d):
+    accepted, residual, gradient = worst_accepted(iterate, n, d, np.linspace(-7, -3, 60))
+    assert accepted > 0.05
+    assert residual <= TOLERANCE
+    assert gradient <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 4), (64, 16), (8, 64)])
+def test_an_svd_in_float32_that_the_gauge_accepts_is_nearly_as_good(n, d):
+    """Its share is larger, by an estimate of rounding and not a bound."""
+    accepted, residual, gradient = worst_accepted(lambda *given: factorise(*given, False), n, d, np.linspace(-7, -3, 60))
+    assert accepted > 0.2
+    assert residual <= TOLERANCE
+    assert gradient <= 10 * GRADIENT_TOLERANCE
+
+
+def fused_in_float32() -> dict:
     from trainer.ops.kernels.rotation_fit import fit
 
     few = ("random", "spectrum 1e-5", "zeros")
     sizes = ((1, 20, KINDS), (9, 100, KINDS), (32, 128, few), (64, 80, few))
-    return [row for n, d, kinds in sizes for row in within_the_gauge(fit, n, d, kinds)]
+    kinds = [row for n, d, kinds in sizes for row in within_the_gauge(fit, n, d, kinds)]
+    return {"kinds": kinds, "spectra": [worst_accepted(fit, n, d, np.linspace(-7, -3, 6)) for n, d in ((4, 16), (8, 64))]}
 
 
 def test_the_fused_kernel_fits_within_its_gauge():
     pytest.importorskip("triton")
     from kernels import in_interpreter
 
-    for kind, error, allowed, slope in in_interpreter(fused_in_float32):
+    found = in_interpreter(fused_in_float32)
+    for kind, error, allowed, slope in found["kinds"]:
         assert error <= 1.001 * allowed, kind
         if kind in ("random", "noise 1e-1"):
             assert allowed < 1e-6
-            assert slope < 1e-5
+        assert math.isnan(slope) or slope < 1e-5, kind
+    for accepted, residual, gradient in found["spectra"]:
+        assert accepted > 0.05
+        assert residual <= TOLERANCE
+        assert gradient <= GRADIENT_TOLERANCE
+
+
+def test_routes_take_turns_until_the_gauge_is_satisfied(monkeypatch):
+    """Random groups pass in float32, nearly aligned ones by products in float64, and reflections need the SVD."""
+    taken = []
+
+    def traced(name: str, route):
+        def run(source, target, proper):
+            taken.append((name, source.dtype, len(source)))
+            return route(source, target, proper)
+
+        return run
+
+    routes = [traced("products", iterate), traced("products", iterate), traced("svd", partial(factorise, rotation=False))]
+    monkeypatch.setattr(rotation_fit, "_routes", lambda source, rotation: routes)
+    source, target = batch(["random"], 16, 5, 0)
+    fit_rotation(source, source + 0.3 * target, rotation=False)
+    assert taken == [("products", torch.float32, 1)]
+    taken.clear()
+    source, target = batch(["noise 1e-1", "noise 1e-4", "reflected"], 16, 5, 0)
+    residual = fit_rotation(source, target, rotation=False).residual
+    assert taken == [("products", torch.float32, 3), ("products", torch.float64, 2), ("svd", torch.float64, 1)]
+    expected = [
+        left(a, b, best_turn(a, b, "SO")) for a, b in zip(source.double().numpy(), target.double().numpy(), strict=True)
+    ]
+    assert residual.tolist() == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_a_second_derivative_is_refused_and_not_taken_for_zero():
+    source, target = (x.requires_grad_() for x in batch(["random"], 5, 8, 0))
+    value = fit_rotation(source, target, rotation=False).residual.sum() + source.pow(3).sum()
+    (slope,) = torch.autograd.grad(value, source, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        slope.sum().backward()
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
@@ -319,4 +436,6 @@ def test_the_fused_kernel_compiles_for_hopper(rows):
     constants = {"ROWS": rows, "CHUNK": fused.CHUNK, "PRECISION": fused.PRECISION}
     report = compile_report(fused.fit_kernel, signature, constants, num_warps=4)
     assert report.shared < SHARED_LIMIT
-    assert report.spills <= (256 if rows == 64 else 0)
+    assert report.spills <= {16: 32, 32: 0, 64: 128}[rows]
+    if rows == 16:  # Triton makes a constant of an argument that is 1
+        assert compile_report(fused.fit_kernel, signature, constants | {"points": 1}, num_warps=4).shared < SHARED_LIMIT

@@ -1,9 +1,9 @@
 """Contrastive losses of embeddings that are already gathered from all ranks."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from trainer.ops.autograd import differentiate_once
 
 CHUNK = 2**20  # logits at a time where there is no kernel: 4 MiB stay in a CPU's cache, and products of them are efficient
 MASKED = -1e30  # logit of an image with itself: its exponential is 0, but unlike infinity it can be subtracted from itself
@@ -44,18 +44,7 @@ def _(z: Tensor, temperature: float, start: int, stop: int, gradient: bool) -> t
     return z.new_empty(()), z.new_empty(z.shape if gradient else 0)
 
 
-def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _scale_gradient(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return upstream * ctx.saved_tensors[0], None, None, None, None
-
-
-_nt_xent.register_autograd(_scale_gradient, setup_context=_keep_gradient)
-for device in ("cpu", "cuda"):  # whatever the networks compute in, the loss is float32's
-    _nt_xent.register_autocast(device, torch.float32)
+differentiate_once(_nt_xent, value=0, gradients=[1])
 
 
 def nt_xent_chunked(z: Tensor, temperature: float, start: int, stop: int, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """The Gram term of CARE: rotations preserve inner products, so equivariance is equality of Gram matrices."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from trainer.ops.autograd import differentiate_once
 
 LARGEST = 64  # images a group of the kernel: the Gram matrix of more spills a program's registers
 
@@ -46,18 +46,7 @@ def _(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     return z.new_empty(()), z.new_empty(z.shape if gradient else 0)
 
 
-def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _scale_gradient(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, None]:
-    return upstream * ctx.saved_tensors[0], None
-
-
-_gram_equivariance.register_autograd(_scale_gradient, setup_context=_keep_gradient)
-for device in ("cpu", "cuda"):  # whatever the networks compute in, the loss is float32's
-    _gram_equivariance.register_autocast(device, torch.float32)
+differentiate_once(_gram_equivariance, value=0, gradients=[1])
 
 
 def gram_equivariance_batched(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 BOOST = (2.43260, -2.13260)
 TAIL = ((2.72344, -1.95931), (1.54927, -0.50702), (1.50157, -0.50022), (1.5, -0.5), (1.5, -0.5))
-SHORTFALL = 0.09  # what any direction can cost, in units of the resolution: for small s, (1 - x^2) s vanishes with s
 
 
 def schedule(resolution: float) -> list[tuple[float, float]]:
@@ -26,13 +25,11 @@ class Polar(NamedTuple):
 
     Args:
         factor: X [G, n, m]; X X^T = 1 on the directions that converged.
-        missing: number of directions that did not, sum_i (1 - x_i^2) over the singular values x_i of X, [G].
-        error: bound in exact arithmetic on sum_i (1 - x_i^2) s_i, [G]: on what X misses of ||M||_*, and X^T X of M.
+        missing: number of directions that did not, sum_i (1 - x_i^2) over the singular values x_i of X beyond rounding, [G].
     """
 
     factor: Tensor
     missing: Tensor
-    error: Tensor
 
 
 def polar(matrix: Tensor, resolution: float) -> Polar:
@@ -48,5 +45,5 @@ def polar(matrix: Tensor, resolution: float) -> Polar:
     x = matrix / norm.clamp_min(1e-30)[:, None, None]
     for a, b in schedule(resolution):
         x = torch.baddbmm(x, x @ x.mT, x, beta=a, alpha=b)
-    missing = (matrix.shape[1] - x.square().sum((1, 2))).clamp_min(0)
-    return Polar(x, missing, resolution * norm * missing.clamp_max(SHORTFALL * matrix.shape[1]))
+    directions = matrix.shape[1] * (1 - torch.finfo(matrix.dtype).eps)
+    return Polar(x, (directions - x.square().sum((1, 2))).clamp_min(0))

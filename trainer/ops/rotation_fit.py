@@ -8,12 +8,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.ops.autograd import differentiate_once
 from trainer.ops.polar import polar
 
 TOLERANCE = 1e-5  # relative error of a residual that is accepted; a group that may exceed it is fitted again in float64
-RESOLUTION_POINTS, RESOLUTION_CORE = 1e-3, 1e-5  # relative singular values that the iteration resolves
+GRADIENT_TOLERANCE = 1e-4  # the same of its gradients
+TINY = torch.finfo(torch.float32).tiny
+RESOLUTION = {  # smallest relative singular values of points, and of their n x n fit, that the iteration resolves
+    torch.float32: (1e-3, 3e-3),  # smaller ones it could, but rounding turns their directions by more than gradients bear
+    torch.float64: (1e-6, 1e-11),
+}
 ROUNDING = 5.0  # of the points, in units of their type; over k directions it averages to 1 / sqrt(k) (measured)
-MISSING = 1e-4  # directions that the polar factor lacks; fewer are rounding
 
 
 class RotationFit(NamedTuple):
@@ -24,8 +29,8 @@ class RotationFit(NamedTuple):
         residual: ||source @ R - target||_F^2, [G]; carries the gradient to both arguments.
         nuclear: tr(R^T source^T target), [G]: the sum of the singular values of source^T target, the smallest negative
             where a reflection would fit better.
-        gauge: estimated error of the residual relative to it, [G], or to what rounding leaves of an exact fit; at most
-            `TOLERANCE` but for groups that float64 fits no better.
+        gauge: estimated error of the residual relative to it, or to what rounding leaves of an exact fit, or a tenth of the
+            gradients' where that is more, [G]; at most `TOLERANCE` but for groups that float64 fits no better.
     """
 
     rotation: Tensor | None
@@ -38,11 +43,13 @@ def fit_rotation(source: Tensor, target: Tensor, *, group: Literal["SO", "O"] = 
     """Minimise ||source_g @ R_g - target_g||_F over the rotations (or all orthogonal maps) of every group g.
 
     The residual is differentiable once, by the envelope theorem: 2 (A - B R^T) and 2 (B - A R), without a derivative of R
-    and therefore finite everywhere. On points that leave directions free (n < d, duplicates, collapse) R is the fit on the
-    span and the smallest turn beyond it; the gradient is then one of the valid subgradients.
+    and therefore finite everywhere; a second derivative raises NotImplementedError. On points that leave directions free
+    (n < d, duplicates, collapse) R is the fit on the span and the smallest turn beyond it; the gradient is then one of the
+    valid subgradients.
 
-    The GPU fits by matrix products (for n <= 64 and n < d in one fused kernel), the CPU by QR and a small SVD; groups whose
-    gauge exceeds `TOLERANCE`, and reflections, are fitted again in float64. To ask which, the host waits for the GPU.
+    The GPU fits by matrix products (for n <= 64 and n < d in one fused kernel), the CPU by QR and a small SVD. Groups whose
+    gauge exceeds `TOLERANCE`, and reflections, are fitted again in float64: on the GPU by matrix products first, and by
+    SVD what even these leave in doubt. To ask which, the host waits for the GPU.
 
     Args:
         source, target: A and B, [G, n, d]; float32, float64, or half types, which are computed in float32.
@@ -84,10 +91,13 @@ def _fit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rotation, residual, nuclear, gauge, and the residual's gradients; empty what was not asked for."""
     with _whole_products():
-        fit = _route(source, rotation)(source, target, proper)
-        doubtful = ~(fit.gauge <= TOLERANCE)
-        if source.dtype != torch.float64 and doubtful.any():
-            again = factorise(source[doubtful].double(), target[doubtful].double(), proper, rotation)
+        first, *others = _routes(source, rotation)
+        fit = first(source, target, proper)
+        for route in others:
+            doubtful = ~(fit.gauge <= TOLERANCE)
+            if not doubtful.any():
+                break
+            again = route(source[doubtful].double(), target[doubtful].double(), proper)
             for part, better in zip(fit, again, strict=True):
                 if part is not None and better is not None:
                     part[doubtful] = better.to(part.dtype)
@@ -103,18 +113,8 @@ def _(source: Tensor, target: Tensor, proper: bool, gradients: bool, rotation: b
     return tuple(source.new_empty(shape) for shape in shapes)
 
 
-def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*output[4:])
-    ctx.mark_non_differentiable(output[0], *output[2:])
-
-
-def _backward(ctx, _rotation, residual, *_):  # type: ignore[no-untyped-def]
-    return *(residual[:, None, None] * gradient for gradient in ctx.saved_tensors), None, None, None
-
-
-_fit.register_autograd(_backward, setup_context=_remember)
-for device in ("cpu", "cuda"):  # in autocast's bfloat16 no fit would pass its gauge, which does not know of it
-    _fit.register_autocast(device, torch.float32)
+# In autocast's bfloat16 no fit would pass its gauge, which does not know of it.
+differentiate_once(_fit, value=1, gradients=[4, 5])
 
 
 @contextmanager
@@ -142,13 +142,16 @@ class Fit(NamedTuple):
     target_gradient: Tensor
 
 
-def _route(source: Tensor, rotation: bool) -> Callable[..., Fit]:
-    """What serves a group of this size on this device best (benchmarks/rotation_fit.py)."""
-    if rotation or source.device.type == "cpu" or source.dtype == torch.float64:
-        return partial(factorise, rotation=rotation)
+def _routes(source: Tensor, rotation: bool) -> list[Callable[..., Fit]]:
+    """What serves groups like these best (benchmarks/rotation_fit.py), then what fits those in doubt, in float64."""
+    exact, single = partial(factorise, rotation=rotation), source.dtype == torch.float32
+    if rotation or source.device.type == "cpu":
+        return [exact, exact] if single else [exact]
+    if not single:
+        return [iterate, exact]
     from trainer.ops.kernels import rotation_fit as fused  # Triton is not everywhere
 
-    return fused.fit if fused.fits(source) else iterate
+    return [fused.fit if fused.fits(source) else iterate, iterate, exact]
 
 
 def factorise(source: Tensor, target: Tensor, proper: bool, rotation: bool) -> Fit:
@@ -168,7 +171,10 @@ def factorise(source: Tensor, target: Tensor, proper: bool, rotation: bool) -> F
         flip[:, -1] = torch.where(torch.linalg.det(u) * torch.linalg.det(vh) < 0, -1, 1)
         u, s = u * flip[:, None], s * flip
     residual, scale, gradients = _evaluate(source, target, a, b, u @ vh, bases)
-    gauge = _gauge(residual, scale, 2 * _unresolved(s), torch.zeros_like(scale), s.shape[1])
+    gauge = _gauge(residual, scale, torch.zeros_like(scale), s.shape[1], turn=2 * _unresolved(s))
+    weights = (a @ u).square().sum(1) + (b @ vh.mT).square().sum(1)
+    steep = _swing(s, weights, spanned) / residual.sqrt().maximum(torch.finfo(s.dtype).eps * scale.sqrt() + TINY)
+    gauge = gauge.maximum(steep * TOLERANCE / GRADIENT_TOLERANCE)
     poison = torch.where(finite, 0.0, torch.nan).to(s.dtype)
     turn = None
     if rotation:
@@ -183,19 +189,22 @@ def iterate(source: Tensor, target: Tensor, proper: bool) -> Fit:
 
     With fewer points than dimensions the points are split first, A = a P with the polar factor P [n, d]; an n x n fit is left.
     """
-    a, b, bases, split = source, target, None, torch.zeros_like(source[:, 0, 0])
+    (fine, finer), missing = RESOLUTION[source.dtype], torch.zeros_like(source[:, 0, 0])
+    a, b, bases = source, target, None
     if source.shape[1] < source.shape[2]:
-        left, right = polar(source, RESOLUTION_POINTS), polar(target, RESOLUTION_POINTS)
+        left, right = polar(source, fine), polar(target, fine)
         a, b, bases = source @ left.factor.mT, target @ right.factor.mT, (left.factor, right.factor)
-        split = left.error + right.error
+        missing = left.missing + right.missing
     core = a.mT @ b
-    fit = polar(core, RESOLUTION_CORE)
-    residual, scale, gradients = _evaluate(source, target, a, b, fit.factor, bases)
-    lost = (a.square().sum((1, 2)) - (a @ fit.factor).square().sum((1, 2))).abs() * (fit.missing > MISSING)
-    gauge = _gauge(residual, scale, 2 * fit.error + lost, split, core.shape[1])
+    turn, lacking = polar(core, finer)
+    residual, scale, gradients = _evaluate(source, target, a, b, turn, bases)
+    kept = sum((x - g / 2).square().sum((1, 2)) for x, g in zip((source, target), gradients, strict=True))
+    lost = (scale - kept).abs() + ROUNDING * torch.finfo(scale.dtype).eps * scale
+    # A direction of weight w that keeps x is moved by (1 - x) w and loses (1 - x^2) w^2, so by Cauchy and Schwarz:
+    gauge = _gauge(residual, scale, ((missing + lacking) * lost).sqrt(), core.shape[1])
     if proper and bases is None:
-        gauge = torch.where(torch.linalg.det(fit.factor) < 0, torch.inf, gauge)  # a reflection: factorise knows what it costs
-    return Fit(None, residual, (core * fit.factor).sum((1, 2)), gauge, *gradients)
+        gauge = torch.where(torch.linalg.det(turn) < 0, torch.inf, gauge)  # a reflection: factorise knows what it costs
+    return Fit(None, residual, (core * turn).sum((1, 2)), gauge, *gradients)
 
 
 def _evaluate(
@@ -207,7 +216,7 @@ def _evaluate(
     """
     turned = a @ turn
     residual = (turned - b).square().sum((1, 2))
-    scale = a.square().sum((1, 2)) + b.square().sum((1, 2))
+    scale = source.square().sum((1, 2)) + target.square().sum((1, 2))
     back, forth = ((b, turn.mT), (a, turn)) if bases is None else ((b @ turn.mT, bases[0]), (turned, bases[1]))
     gradients = [torch.baddbmm(x, *fitted, beta=2, alpha=-2) for x, fitted in ((source, back), (target, forth))]
     return residual, scale, gradients
@@ -228,16 +237,32 @@ def _unresolved(s: Tensor) -> Tensor:
     return torch.minimum(s.abs(), turned).sum(dim=1)
 
 
-def _gauge(residual: Tensor, scale: Tensor, turn: Tensor, shift: Tensor, directions: int) -> Tensor:
-    """Relative error of the residual.
+def _swing(s: Tensor, weights: Tensor, spanned: bool) -> Tensor:
+    """What the rounding of M moves the turned points by, and so half of a gradient, [G].
+
+    Args:
+        s: singular values of M, descending, [G, k].
+        weights: squared size of the points in their directions, [G, k].
+        spanned: whether there are dimensions beyond these; otherwise a direction can only turn into another.
+    """
+    other = torch.cat(
+        [s[:, -1:].expand_as(s[:, 1:]), s[:, -2:-1] if s.shape[1] > 1 else s], 1
+    ).abs()  # the smallest other than s_i
+    gap = s.abs() if spanned else s.abs() + other
+    turned = (torch.finfo(s.dtype).eps * s[:, :1].abs() / gap.clamp_min(TINY)).clamp_max(1)
+    return (weights * torch.where(s.abs() <= _noise(s), 1, turned).square()).sum(1).sqrt()
+
+
+def _gauge(residual: Tensor, scale: Tensor, shift: Tensor, directions: int, turn: float | Tensor = 0.0) -> Tensor:
+    """Relative error of the residual; a shift by less than 1e-5 / 2 of its root leaves a gradient as close.
 
     The root of a residual moves by no more than the points do, and rounding moves them too.
 
     Args:
         scale: ||A||^2 + ||B||^2, [G].
-        turn: what the error of the turn costs, [G].
-        shift: how far the points that were fitted are from those given, [G].
+        shift: how far the fit carries the points from where it should, [G].
         directions: min(n, d).
+        turn: what the error of an orthogonal turn costs, [G].
     """
     kind = torch.finfo(residual.dtype)
     rounding = ROUNDING * kind.eps * scale.sqrt()

@@ -105,7 +105,8 @@ def nt_xent_fused(z: Tensor, temperature: float, start: int, stop: int, gradient
     images, d, count, rows = z.shape[1], z.shape[2], stop - start, slice(start, stop)
     negatives = z.new_empty(2, count)
     tiles = triton.cdiv(2 * count, TILES["BM"])
-    negatives_kernel[(tiles,)](z, negatives, images, start, count, 1 / temperature, d, **TILES, num_warps=4, num_stages=2)
+    with torch.cuda.device_of(z):
+        negatives_kernel[(tiles,)](z, negatives, images, start, count, 1 / temperature, d, **TILES, num_warps=4, num_stages=2)
     positives = (z[0, rows] * z[1, rows]).sum(1) / temperature
     x = negatives - positives
     loss = torch.logaddexp(x, x.new_zeros(())).mean()
@@ -116,5 +117,8 @@ def nt_xent_fused(z: Tensor, temperature: float, start: int, stop: int, gradient
     columns = min(128, max(16, triton.next_power_of_2(d)))
     grid = triton.cdiv(2 * images, TILES["BM"]), triton.cdiv(d, columns)
     scales = 1 / temperature, 1 / (2 * count * temperature)
-    gradient_kernel[grid](z, total, wrong, slope, images, start, count, *scales, d, columns, **TILES, num_warps=4, num_stages=1)
+    with torch.cuda.device_of(z):
+        gradient_kernel[grid](
+            z, total, wrong, slope, images, start, count, *scales, d, columns, **TILES, num_warps=4, num_stages=1
+        )
     return loss, slope

@@ -1,5 +1,6 @@
 """The Gram term on the GPU: one program keeps the difference of a group's Gram matrices, for its loss and its gradient."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,7 +47,8 @@ def gram_equivariance_fused(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     losses, slope = z.new_empty(groups), z.new_empty(z.shape if gradient else 0)
     slope1, slope2 = slope if gradient else (slope, slope)
     n = max(16, triton.next_power_of_2(images))
-    gram_kernel[(groups,)](
-        z1, z2, losses, slope1, slope2, images, 4 / pairs, d=d, N=n, BK=32, GRADIENT=gradient, num_warps=4, num_stages=2
-    )
+    with torch.cuda.device_of(z):
+        gram_kernel[(groups,)](
+            z1, z2, losses, slope1, slope2, images, 4 / pairs, d=d, N=n, BK=32, GRADIENT=gradient, num_warps=4, num_stages=2
+        )
     return losses.sum() / pairs, slope
