@@ -116,7 +116,7 @@ def products_first(source: torch.Tensor, rotation: bool) -> list:
 )
 def test_matrix_products_fit_as_well_and_what_they_cannot_is_fitted_again(kinds, n, d, seed, group):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotation_fit, "_routes", products_first)
+        patch.setattr(rotation_fit, "routes", products_first)
         check(kinds, n, d, seed, group)
 
 
@@ -178,7 +178,7 @@ def test_the_gradient_is_the_slope_of_the_reference(n, d, seed, group, kind):
 @pytest.mark.parametrize(("n", "d"), [(8, 20), (32, 64), (40, 6)])
 def test_float32_gradients_follow_the_envelope_formula(n, d, route, monkeypatch):
     if route == "iterate":
-        monkeypatch.setattr(rotation_fit, "_routes", products_first)
+        monkeypatch.setattr(rotation_fit, "routes", products_first)
     kinds = ["random", "noise 1e-1", "noise 1e-2", "noise 1e-4"]
     source, target = (x.requires_grad_() for x in batch(kinds, n, d, 0))
     found = torch.autograd.grad(fit_rotation(source, target, group="O", rotation=False).residual.sum(), (source, target))
@@ -402,8 +402,8 @@ def test_routes_take_turns_until_the_gauge_is_satisfied(monkeypatch):
 
         return run
 
-    routes = [traced("products", iterate), traced("products", iterate), traced("svd", partial(factorise, rotation=False))]
-    monkeypatch.setattr(rotation_fit, "_routes", lambda source, rotation: routes)
+    order = [traced("products", iterate), traced("products", iterate), traced("svd", partial(factorise, rotation=False))]
+    monkeypatch.setattr(rotation_fit, "routes", lambda source, rotation: order)
     source, target = batch(["random"], 16, 5, 0)
     fit_rotation(source, source + 0.3 * target, rotation=False)
     assert taken == [("products", torch.float32, 1)]

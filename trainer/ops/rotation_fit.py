@@ -91,7 +91,7 @@ def _fit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rotation, residual, nuclear, gauge, and the residual's gradients; empty what was not asked for."""
     with _whole_products():
-        first, *others = _routes(source, rotation)
+        first, *others = routes(source, rotation)
         fit = first(source, target, proper)
         for route in others:
             doubtful = ~(fit.gauge <= TOLERANCE)
@@ -142,7 +142,7 @@ class Fit(NamedTuple):
     target_gradient: Tensor
 
 
-def _routes(source: Tensor, rotation: bool) -> list[Callable[..., Fit]]:
+def routes(source: Tensor, rotation: bool) -> list[Callable[..., Fit]]:
     """What serves groups like these best (benchmarks/rotation_fit.py), then what fits those in doubt, in float64."""
     exact, single = partial(factorise, rotation=rotation), source.dtype == torch.float32
     if rotation or source.device.type == "cpu":
