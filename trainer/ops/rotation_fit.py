@@ -241,14 +241,14 @@ def _swing(s: Tensor, weights: Tensor, spanned: bool) -> Tensor:
     """What the rounding of M moves the turned points by, and so half of a gradient, [G].
 
     Args:
-        s: singular values of M, descending, [G, k].
+        s: singular values of M, descending, the last negative where a reflection would fit better, [G, k].
         weights: squared size of the points in their directions, [G, k].
         spanned: whether there are dimensions beyond these; otherwise a direction can only turn into another.
     """
     other = torch.cat(
         [s[:, -1:].expand_as(s[:, 1:]), s[:, -2:-1] if s.shape[1] > 1 else s], 1
     ).abs()  # the smallest other than s_i
-    gap = s.abs() if spanned else s.abs() + other
+    gap = s if spanned else (s + other).abs()
     turned = (torch.finfo(s.dtype).eps * s[:, :1].abs() / gap.clamp_min(TINY)).clamp_max(1)
     return (weights * torch.where(s.abs() <= _noise(s), 1, turned).square()).sum(1).sqrt()
 
