@@ -245,18 +245,17 @@ def _swing(s: Tensor, weights: Tensor, spanned: bool) -> Tensor:
         weights: squared size of the points in their directions, [G, k].
         spanned: whether there are dimensions beyond these; otherwise a direction can only turn into another.
     """
-    other = torch.cat(
-        [s[:, -1:].expand_as(s[:, 1:]), s[:, -2:-1] if s.shape[1] > 1 else s], 1
-    ).abs()  # the smallest other than s_i
+    other = torch.cat([s[:, -1:].expand_as(s[:, 1:]), s[:, -2:][:, :1]], 1)  # the smallest but s_i
     gap = s if spanned else (s + other).abs()
     turned = (torch.finfo(s.dtype).eps * s[:, :1].abs() / gap.clamp_min(TINY)).clamp_max(1)
     return (weights * torch.where(s.abs() <= _noise(s), 1, turned).square()).sum(1).sqrt()
 
 
 def _gauge(residual: Tensor, scale: Tensor, shift: Tensor, directions: int, turn: float | Tensor = 0.0) -> Tensor:
-    """Relative error of the residual; a shift by less than 1e-5 / 2 of its root leaves a gradient as close.
+    """Relative error of the residual.
 
-    The root of a residual moves by no more than the points do, and rounding moves them too.
+    The root of a residual moves by no more than the points do, and rounding moves them too. By as much, relative to the
+    root, a shift moves the gradients: where the gauge accepts it, they are closer than they need be.
 
     Args:
         scale: ||A||^2 + ||B||^2, [G].
