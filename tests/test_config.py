@@ -103,3 +103,13 @@ def test_settings_are_frozen():
     with pytest.raises(AttributeError):
         load_run("demo").seed = 1
     assert isinstance(load_run("demo"), Run)
+
+
+def test_a_recipe_of_ones_own_inherits_from_its_folder(tmp_path):
+    (tmp_path / "caug.yaml").write_text("inherit: demo\naugmentation: {rotation: 90}\n")
+    (tmp_path / "caug_plus.yaml").write_text("inherit: caug.yaml\naugmentation: {elastic: 0.5}\n")
+    augmentation = load_run(str(tmp_path / "caug_plus.yaml")).augmentation
+    assert (augmentation.rotation, augmentation.elastic) == (90, 0.5)
+    (tmp_path / "caug.yaml").unlink()
+    with pytest.raises(UserError, match=r"no recipe 'caug.yaml', which .*caug_plus.yaml inherits"):
+        load_run(str(tmp_path / "caug_plus.yaml"))

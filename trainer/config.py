@@ -286,7 +286,8 @@ def _read_recipe(recipe: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"recipe {recipe!r} inherits itself", "a recipe that ends the chain", "Correct its `inherit`.")
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        raise UserError(f"no recipe {recipe!r}", f"a YAML file or one of {', '.join(recipes())}", _nearest(recipe, recipes()))
+        found = f"no recipe {recipe!r}" + (f", which {heirs[-1]} inherits" if heirs else "")
+        raise UserError(found, f"a YAML file or one of {', '.join(recipes())}", _nearest(recipe, recipes()))
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -296,6 +297,8 @@ def _read_recipe(recipe: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}", "a mapping of settings", "Correct it.")
     parent = tree.pop("inherit", None)
+    if parent and (beside := path.parent / parent).is_file():  # one's own recipes inherit from their folder
+        parent = str(beside)
     return _merge(_read_recipe(parent, (*heirs, recipe)), tree) if parent else tree
 
 
